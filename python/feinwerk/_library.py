@@ -1,0 +1,123 @@
+"""Registers the ops with PyTorch's dispatcher: the only caller of torch.library.
+
+```
+   op.py  check, schema ── register_op ──> torch.ops.feinwerk.<op>
+                                              │ CPU                  cpp, else reference
+                                              │ CUDA and the others  reference
+                                              └ fake                 shapes and dtypes only
+```
+Every one of these entries runs the op's check first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from feinwerk import _native
+
+Implementation = Callable[..., Any]
+
+_LIBRARY = torch.library.Library("feinwerk", "DEF")
+
+
+@dataclass(frozen=True)
+class RegisteredOp:
+    """One op as registered: its name, schema and implementations by backend name."""
+
+    name: str
+    schema: str
+    implementations: dict[str, Implementation]
+
+
+OPS: dict[str, RegisteredOp] = {}
+
+_forced_backend: str | None = None
+_warned = False
+
+
+def register_op(
+    name: str,
+    signature: str,
+    *,
+    check: Implementation,
+    reference: Implementation,
+    cpp: Implementation,
+    fake: Implementation,
+) -> Any:
+    """Define `feinwerk::<name><signature>` and register all its entries.
+
+    Args:
+        name: the op's stem.
+        signature: the schema after the name, `(Tensor x, ...) -> Tensor`.
+        check: called with the op's arguments in front of every entry; raises or returns None.
+        reference: plain torch, any device.
+        cpp: the native implementation, CPU only.
+        fake: allocates the outputs and does nothing else.
+
+    Returns:
+        The OpOverload to call.
+    """
+    schema = name + signature
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    OPS[name] = RegisteredOp(name, schema, {"reference": reference, "cpp": cpp})
+    native = cpp if _native.available() else _warning_once(reference)
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        if _forced_backend == "reference":
+            return reference(*args, **kwargs)
+        return native(*args, **kwargs)
+
+    def elsewhere(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return reference(*args, **kwargs)
+
+    def shapes(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return fake(*args, **kwargs)
+
+    _LIBRARY.impl(name, on_cpu, "CPU")
+    _LIBRARY.impl(name, elsewhere, "CUDA")
+    _LIBRARY.impl(name, elsewhere, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"feinwerk::{name}", shapes, lib=_LIBRARY)
+    return getattr(torch.ops.feinwerk, name).default
+
+
+def force_backend(name: str | None) -> None:
+    """Make the CPU entries take one backend, for the whole process; None returns to the choice."""
+    global _forced_backend
+    if name not in (None, "reference", "cpp"):
+        raise ValueError(f'force_backend: name must be "reference", "cpp" or None, got {name!r}')
+    if name == "cpp" and not _native.available():
+        raise NotImplementedError(
+            f"force_backend: name must be an available backend, got 'cpp': "
+            f"{_native.why_unavailable()}"
+        )
+    _forced_backend = name
+
+
+def forced_backend() -> str | None:
+    """Return the backend that `force_backend` chose, or None."""
+    return _forced_backend
+
+
+def _warning_once(reference: Implementation) -> Implementation:
+    def fallback(*args: Any, **kwargs: Any) -> Any:
+        global _warned
+        if not _warned:
+            _warned = True
+            warnings.warn(
+                "feinwerk: the native extension is not available "
+                f"({_native.why_unavailable()}); CPU ops run the slow reference backend. "
+                "feinwerk.backends.describe() shows what serves each op.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return reference(*args, **kwargs)
+
+    return fallback
