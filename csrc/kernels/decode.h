@@ -1,0 +1,177 @@
+// Reads an NF4 weight: block scales, and runs of elements decoded in natural order.
+#ifndef FEINWERK_KERNELS_DECODE_H_
+#define FEINWERK_KERNELS_DECODE_H_
+
+#include "core/codebook.h"
+#include "core/kernel_table.h"
+#include "simd/simd.h"
+
+namespace feinwerk {
+namespace {
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
+
+// How elements of a dtype are read, written and rounded. `Element` is the type in memory.
+struct Float32 {
+  using Element = float;
+  static F read(const float* p) { return load(p); }
+  static void write(float* p, F x) { store(p, x); }
+  static Table16 round(Table16 t) { return t; }
+};
+struct Bfloat16 {
+  using Element = uint16_t;
+  static F read(const uint16_t* p) { return load_bf16(p); }
+  static void write(uint16_t* p, F x) { store_bf16(p, x); }
+  static Table16 round(Table16 t) { return round_bf16(t); }
+};
+struct Float16 {
+  using Element = uint16_t;
+  static F read(const uint16_t* p) { return load_f16(p); }
+  static void write(uint16_t* p, F x) { store_f16(p, x); }
+  static Table16 round(Table16 t) { return round_f16(t); }
+};
+
+// Calls body(Float32{}), body(Bfloat16{}) or body(Float16{}).
+template <class Body>
+inline auto with_dtype(feinwerk_dtype dtype, const Body& body) {
+  if (dtype == FEINWERK_BFLOAT16) return body(Bfloat16{});
+  if (dtype == FEINWERK_FLOAT16) return body(Float16{});
+  return body(Float32{});
+}
+
+// kWidth elements of which only `count` exist; the rest read as zero and are not written.
+template <class Dtype>
+inline F read_part(const typename Dtype::Element* p, int64_t count) {
+  if (count >= kWidth) return Dtype::read(p);
+  typename Dtype::Element part[kWidth] = {};
+  memcpy(part, p, static_cast<size_t>(count) * sizeof(part[0]));
+  return Dtype::read(part);
+}
+template <class Dtype>
+inline void write_part(typename Dtype::Element* p, int64_t count, F x) {
+  if (count >= kWidth) return Dtype::write(p, x);
+  typename Dtype::Element part[kWidth];
+  Dtype::write(part, x);
+  memcpy(p, part, static_cast<size_t>(count) * sizeof(part[0]));
+}
+
+inline float block_absmax(const feinwerk_nf4_weight& w, int64_t block) {
+  if (w.absmax) return w.absmax[block];
+  const float product =
+      w.nested_codebook[w.absmax_codes[block]] * w.nested_absmax[block / kNestedBlocksize];
+  return product + *w.nested_offset;
+}
+
+// Codes of elements [e, e + count), e at any parity, count <= 32: a pointer into `packed`, or the
+// codes moved to byte boundaries in `buffer`. Never touches a byte that holds none of them.
+inline const uint8_t* codes_at(const uint8_t* packed, int64_t e, int64_t count, int64_t full,
+                               uint8_t* buffer) {
+  const uint8_t* p = packed + e / 2;
+  if (e % 2 == 0 && count == full) return p;
+  memset(buffer, 0, static_cast<size_t>(full / 2));
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = e % 2 + i;
+    const int code = at % 2 == 0 ? p[at / 2] >> 4 : p[at / 2] & 15;
+    buffer[i / 2] = static_cast<uint8_t>(buffer[i / 2] | (i % 2 == 0 ? code << 4 : code));
+  }
+  return buffer;
+}
+
+// Cuts elements [begin, end) at block boundaries: body(block, first, last).
+template <class Body>
+inline void for_each_block(const feinwerk_nf4_weight& w, int64_t begin, int64_t end,
+                           const Body& body) {
+  const int shift = __builtin_ctzll(static_cast<unsigned long long>(w.blocksize));
+  for (int64_t e = begin; e < end;) {
+    const int64_t block = e >> shift, stop = min64(end, (block + 1) << shift);
+    body(block, e, stop);
+    e = stop;
+  }
+}
+
+// dst[i] = element begin + i, held in fp32 and rounded to Dtype. Any range.
+template <class Dtype>
+inline void decode_floats(const feinwerk_nf4_weight& w, int64_t begin, int64_t end, float* dst) {
+  const Table16 codebook = table16(kNf4Codebook);
+  for_each_block(w, begin, end, [&](int64_t block, int64_t e, int64_t stop) {
+    const Table16 table = Dtype::round(scale(codebook, block_absmax(w, block)));
+    if (e % 2 == 0)
+      for (; e + kWidth <= stop; e += kWidth) store(dst + (e - begin), decode(table, w.packed + e / 2));
+    uint8_t buffer[kWidth / 2];
+    for (; e < stop; e += kWidth) {
+      const int64_t count = min64(kWidth, stop - e);
+      const F x = decode(table, codes_at(w.packed, e, count, kWidth, buffer));
+      write_part<Float32>(dst + (e - begin), count, x);
+    }
+  });
+}
+
+// Elements [begin, end) for a kernel's panel: kWidth floats at at(i) for i = 0, kWidth, ... below
+// `total`, zeros past the end. total <= kMaxRow.
+constexpr int64_t kMaxRow = 512;
+template <class Dtype, class Address>
+inline void decode_panel_row(const feinwerk_nf4_weight& w, int64_t begin, int64_t end,
+                             int64_t total, const Address& at) {
+  int64_t i = 0;
+  if (begin % kWidth == 0 && (end - begin) % kWidth == 0) {
+    const Table16 codebook = table16(kNf4Codebook);
+    for_each_block(w, begin, end, [&](int64_t block, int64_t e, int64_t stop) {
+      const Table16 table = Dtype::round(scale(codebook, block_absmax(w, block)));
+      for (; e < stop; e += kWidth) store(at(e - begin), decode(table, w.packed + e / 2));
+    });
+    i = end - begin;
+  } else {
+    float row[kMaxRow] = {};
+    decode_floats<Dtype>(w, begin, end, row);
+    for (; i < end - begin; i += kWidth) store(at(i), load(row + i));
+  }
+  for (; i < total; i += kWidth) store(at(i), zero());
+}
+
+#if defined(__AVX512BW__)
+// dst[i] = element begin + i in bf16. Any range.
+inline void decode_bf16(const feinwerk_nf4_weight& w, int64_t begin, int64_t end, uint16_t* dst) {
+  const Table16 codebook = table16(kNf4Codebook);
+  for_each_block(w, begin, end, [&](int64_t block, int64_t e, int64_t stop) {
+    const TableBf16 table = table_bf16(scale(codebook, block_absmax(w, block)));
+    if (e % 2 == 0)
+      for (; e + 32 <= stop; e += 32)
+        _mm512_storeu_si512(dst + (e - begin), decode32_bf16(table, w.packed + e / 2));
+    uint8_t buffer[16];
+    for (; e < stop; e += 32) {
+      const int64_t count = min64(32, stop - e);
+      const I x = decode32_bf16(table, codes_at(w.packed, e, count, 32, buffer));
+      const auto mask = static_cast<__mmask32>((1ull << count) - 1);
+      _mm512_mask_storeu_epi16(dst + (e - begin), mask, x);
+    }
+  });
+}
+
+// The same as decode_panel_row in bf16, 32 elements at a time.
+template <class Address>
+inline void decode_panel_row_bf16(const feinwerk_nf4_weight& w, int64_t begin, int64_t end,
+                                  int64_t total, const Address& at) {
+  int64_t i = 0;
+  if (begin % 32 == 0 && (end - begin) % 32 == 0) {
+    const Table16 codebook = table16(kNf4Codebook);
+    for_each_block(w, begin, end, [&](int64_t block, int64_t e, int64_t stop) {
+      const TableBf16 table = table_bf16(scale(codebook, block_absmax(w, block)));
+      for (; e < stop; e += 32)
+        _mm512_storeu_si512(at(e - begin), decode32_bf16(table, w.packed + e / 2));
+    });
+    i = end - begin;
+  } else {
+    uint16_t row[kMaxRow] = {};
+    decode_bf16(w, begin, end, row);
+    for (; i < end - begin; i += 32) _mm512_storeu_si512(at(i), _mm512_loadu_si512(row + i));
+  }
+  for (; i < total; i += 32) _mm512_storeu_si512(at(i), _mm512_setzero_si512());
+}
+#endif
+
+}  // namespace
+}  // namespace feinwerk
+
+#endif  // FEINWERK_KERNELS_DECODE_H_

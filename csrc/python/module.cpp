@@ -1,0 +1,213 @@
+// The Python module _C: addresses in, a status turned into an exception out, the GIL released.
+//
+// Tensors stay in python/feinwerk/_native.py, which allocates outputs and passes data pointers as
+// integers, so that no torch header is needed and one build serves every torch version.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "executor.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);  // NOLINT: the only way from Python's integer
+}
+
+void check(feinwerk_status status) {
+  if (status == FEINWERK_OK) return;
+  const char* message = feinwerk_last_error();
+  switch (status) {
+    case FEINWERK_INVALID_ARGUMENT:
+    case FEINWERK_NON_FINITE:
+      throw py::value_error(message);
+    case FEINWERK_OUT_OF_RANGE:
+      throw py::index_error(message);
+    case FEINWERK_UNSUPPORTED:
+      PyErr_SetString(PyExc_NotImplementedError, message);
+      throw py::error_already_set();
+    case FEINWERK_OK:
+    case FEINWERK_INTERNAL:
+      break;
+  }
+  throw std::runtime_error(message);
+}
+
+// Runs one operation without the GIL on `threads` threads.
+template <class Args>
+void run(feinwerk_status (*op)(const Args*, const feinwerk_executor*), const Args& args,
+         int64_t threads) {
+  feinwerk_status status;
+  {
+    const py::gil_scoped_release release;
+    const feinwerk_executor executor = feinwerk::make_executor(threads);
+    status = op(&args, &executor);
+  }
+  check(status);
+}
+
+// (N, K, blocksize, packed, packed_bytes, absmax, codes, absmax_count, nested_absmax,
+//  nested_absmax_count, nested_codebook, nested_offset); absmax or codes is 0.
+feinwerk_nf4_weight weight_of(const py::tuple& t) {
+  const auto size = [&](std::size_t i) { return t[i].cast<int64_t>(); };
+  const auto address = [&](std::size_t i) { return t[i].cast<Address>(); };
+  feinwerk_nf4_weight weight = {};
+  weight.rows = size(0);
+  weight.cols = size(1);
+  weight.blocksize = size(2);
+  weight.packed = at<const uint8_t>(address(3));
+  weight.packed_bytes = size(4);
+  weight.absmax = at<const float>(address(5));
+  weight.absmax_codes = at<const uint8_t>(address(6));
+  weight.absmax_count = size(7);
+  weight.nested_absmax = at<const float>(address(8));
+  weight.nested_absmax_count = size(9);
+  weight.nested_codebook = at<const float>(address(10));
+  weight.nested_offset = at<const float>(address(11));
+  return weight;
+}
+
+feinwerk_dtype dtype_of(int dtype) { return static_cast<feinwerk_dtype>(dtype); }
+
+py::list isas() {
+  py::list names;
+  for (int64_t i = 0; i < feinwerk_isa_count(); ++i)
+    if (feinwerk_isa_available(i)) names.append(feinwerk_isa_name(i));
+  return names;
+}
+
+std::string isa() {
+  const char* name = nullptr;
+  check(feinwerk_active_isa(&name));
+  return name;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native core of Feinwerk; use feinwerk.ops.";
+  m.def("version", [] { return std::string(feinwerk_version()); });
+  m.def("isas", isas, "Instruction sets this build and CPU share, in ascending preference.");
+  m.def("isa", isa, "The instruction set in use.");
+  m.def("force_isa", [](const py::object& name) {
+    check(name.is_none() ? feinwerk_force_isa(nullptr)
+                         : feinwerk_force_isa(name.cast<std::string>().c_str()));
+  });
+  m.def("openmp", feinwerk::describe_executor);
+
+  m.def("nf4_quantize", [](Address weight, int dtype, int64_t count, int64_t blocksize, int rule,
+                           bool allow_non_finite, Address packed, int64_t packed_bytes,
+                           Address absmax, int64_t absmax_count, int64_t threads) {
+    feinwerk_nf4_quantize_args args = {};
+    args.weight = at<const void>(weight);
+    args.dtype = dtype_of(dtype);
+    args.count = count;
+    args.blocksize = blocksize;
+    args.rule = static_cast<feinwerk_rule>(rule);
+    args.allow_non_finite = allow_non_finite;
+    args.packed = at<uint8_t>(packed);
+    args.packed_bytes = packed_bytes;
+    args.absmax = at<float>(absmax);
+    args.absmax_count = absmax_count;
+    run(feinwerk_nf4_quantize, args, threads);
+  });
+  m.def("nf4_dequantize",
+        [](const py::tuple& weight, Address out, int dtype, int64_t out_count, int64_t threads) {
+          feinwerk_nf4_dequantize_args args = {};
+          args.weight = weight_of(weight);
+          args.out = at<void>(out);
+          args.dtype = dtype_of(dtype);
+          args.out_count = out_count;
+          run(feinwerk_nf4_dequantize, args, threads);
+        });
+  m.def("nf4_linear", [](const py::tuple& weight, Address x, Address y, int dtype, int64_t rows,
+                         Address bias, int bias_dtype, int compute, Address workspace,
+                         int64_t workspace_bytes, int64_t threads) {
+    feinwerk_nf4_linear_args args = {};
+    args.weight = weight_of(weight);
+    args.x = at<const void>(x);
+    args.y = at<void>(y);
+    args.dtype = dtype_of(dtype);
+    args.m = rows;
+    args.bias = at<const void>(bias);
+    args.bias_dtype = dtype_of(bias_dtype);
+    args.compute = static_cast<feinwerk_compute>(compute);
+    args.workspace = at<void>(workspace);
+    args.workspace_bytes = workspace_bytes;
+    run(feinwerk_nf4_linear, args, threads);
+  });
+  m.def("nf4_linear_backward",
+        [](const py::tuple& weight, Address grad_y, Address grad_x, int dtype, int64_t rows,
+           Address workspace, int64_t workspace_bytes, int64_t threads) {
+          feinwerk_nf4_linear_backward_args args = {};
+          args.weight = weight_of(weight);
+          args.grad_y = at<const void>(grad_y);
+          args.grad_x = at<void>(grad_x);
+          args.dtype = dtype_of(dtype);
+          args.m = rows;
+          args.workspace = at<void>(workspace);
+          args.workspace_bytes = workspace_bytes;
+          run(feinwerk_nf4_linear_backward, args, threads);
+        });
+  m.def("nf4_embedding", [](const py::tuple& weight, Address indices, int64_t indices_count,
+                            Address out, int dtype, int64_t out_count, int64_t threads) {
+    feinwerk_nf4_embedding_args args = {};
+    args.weight = weight_of(weight);
+    args.indices = at<const int64_t>(indices);
+    args.indices_count = indices_count;
+    args.out = at<void>(out);
+    args.dtype = dtype_of(dtype);
+    args.out_count = out_count;
+    run(feinwerk_nf4_embedding, args, threads);
+  });
+  m.def("blockwise_quantize",
+        [](Address x, int64_t count, int64_t blocksize, Address codebook, int rule, bool center,
+           Address codes, Address absmax, int64_t absmax_count, Address offset, int64_t threads) {
+          feinwerk_blockwise_quantize_args args = {};
+          args.x = at<const float>(x);
+          args.count = count;
+          args.blocksize = blocksize;
+          args.codebook = at<const float>(codebook);
+          args.rule = static_cast<feinwerk_rule>(rule);
+          args.center = center;
+          args.codes = at<uint8_t>(codes);
+          args.absmax = at<float>(absmax);
+          args.absmax_count = absmax_count;
+          args.offset = at<float>(offset);
+          run(feinwerk_blockwise_quantize, args, threads);
+        });
+  m.def("blockwise_dequantize",
+        [](Address codes, int64_t count, int64_t blocksize, Address codebook, Address absmax,
+           int64_t absmax_count, Address offset, Address out, int64_t threads) {
+          feinwerk_blockwise_dequantize_args args = {};
+          args.codes = at<const uint8_t>(codes);
+          args.count = count;
+          args.blocksize = blocksize;
+          args.codebook = at<const float>(codebook);
+          args.absmax = at<const float>(absmax);
+          args.absmax_count = absmax_count;
+          args.offset = at<const float>(offset);
+          args.out = at<float>(out);
+          run(feinwerk_blockwise_dequantize, args, threads);
+        });
+  m.def("nf4_linear_workspace", [](int64_t rows, int64_t n, int64_t k, int64_t blocksize, int dtype,
+                                   int compute, int64_t threads) {
+    int64_t bytes = 0;
+    check(feinwerk_nf4_linear_workspace(rows, n, k, blocksize, dtype_of(dtype),
+                                        static_cast<feinwerk_compute>(compute), threads, &bytes));
+    return bytes;
+  });
+  m.def("nf4_linear_backward_workspace",
+        [](int64_t rows, int64_t n, int64_t k, int64_t blocksize, int dtype, int64_t threads) {
+          int64_t bytes = 0;
+          check(feinwerk_nf4_linear_backward_workspace(rows, n, k, blocksize, dtype_of(dtype),
+                                                       threads, &bytes));
+          return bytes;
+        });
+}

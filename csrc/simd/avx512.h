@@ -1,0 +1,221 @@
+// The vocabulary for AVX-512 (F, BW, DQ, VL); VNNI, BF16 and AMX words where the flags allow them.
+#ifndef FEINWERK_SIMD_AVX512_H_
+#define FEINWERK_SIMD_AVX512_H_
+
+#include <immintrin.h>
+
+#include "simd/convert.h"
+
+namespace feinwerk {
+namespace {
+
+constexpr int kWidth = 16;
+constexpr int kMicroRows = 12;
+constexpr int kMicroVectors = 2;
+using F = __m512;
+using I = __m512i;
+
+inline F zero() { return _mm512_setzero_ps(); }
+inline F set1(float x) { return _mm512_set1_ps(x); }
+inline F load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline float reduce_add(F x) { return _mm512_reduce_add_ps(x); }
+
+inline F load_bf16(const uint16_t* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+inline F load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+
+// bf16 bits in the low half of every dword. In integers: the hardware conversion flushes subnormals.
+inline I bf16_bits(F x) {
+  const I u = _mm512_castps_si512(x);
+  const I odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const I rounded = _mm512_srli_epi32(
+      _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(rounded, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+}
+inline void store_bf16(uint16_t* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(x)));
+}
+inline void store_f16(uint16_t* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+inline I abs_bits(F x) {
+  return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+}
+inline I max_bits(I a, I b) { return _mm512_max_epi32(a, b); }
+inline uint32_t reduce_max_bits(I x) { return static_cast<uint32_t>(_mm512_reduce_max_epi32(x)); }
+
+using Table16 = __m512;
+inline Table16 table16(const float* p) { return _mm512_loadu_ps(p); }
+inline Table16 scale(Table16 t, float s) { return _mm512_mul_ps(t, _mm512_set1_ps(s)); }
+inline Table16 round_bf16(Table16 t) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bf16_bits(t), 16));
+}
+inline Table16 round_f16(Table16 t) {
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// vpermps reads only the low 4 bits of a lane, so codes need no masking.
+inline F decode(Table16 t, const uint8_t* p) {
+  int32_t low, high;
+  memcpy(&low, p, 4);
+  memcpy(&high, p + 4, 4);
+  const I codes = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
+  const I shift = _mm512_set_epi32(24, 28, 16, 20, 8, 12, 0, 4, 24, 28, 16, 20, 8, 12, 0, 4);
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(codes, shift), t);
+}
+inline I load_dwords(const void* p) { return _mm512_loadu_si512(p); }
+template <int j>
+inline F decode_nibble(Table16 t, I v) {
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * j), t);
+}
+inline F spread8(const float* p, int64_t c) {
+  return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(p[2 * c]), _mm512_set1_ps(p[2 * c + 1]));
+}
+
+// 16 bf16 values, twice: vpermw reads 5 bits of a word, and bit 4 must not matter.
+using TableBf16 = __m512i;
+inline TableBf16 table_bf16(Table16 t) {
+  return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(bf16_bits(t)));
+}
+// 32 elements in natural order from 16 packed bytes: byte w / 2 goes to word w.
+inline I decode32_bf16(TableBf16 t, const uint8_t* p) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const I pick = _mm512_set_epi64(
+      static_cast<long long>(0x800f800f800e800e), static_cast<long long>(0x800d800d800c800c),
+      static_cast<long long>(0x800b800b800a800a), static_cast<long long>(0x8009800980088008),
+      static_cast<long long>(0x8007800780068006), static_cast<long long>(0x8005800580048004),
+      static_cast<long long>(0x8003800380028002), static_cast<long long>(0x8001800180008000));
+  const I words = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), pick);
+  return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, _mm512_set1_epi32(4)), t);
+}
+
+// Binary search over the sorted thresholds: in every step lane i compares with the middle of what
+// is left, thresholds[code + 3], [code + 1], [code].
+template <bool nan_high>
+inline I nf4_code(F x, const float* thresholds) {
+  constexpr int kExceeds = nan_high ? _CMP_NLE_UQ : _CMP_GT_OQ;
+  const F table = _mm512_loadu_ps(thresholds);
+  const F plus3 = _mm512_castsi512_ps(
+      _mm512_alignr_epi32(_mm512_castps_si512(table), _mm512_castps_si512(table), 3));
+  const F plus1 = _mm512_castsi512_ps(
+      _mm512_alignr_epi32(_mm512_castps_si512(table), _mm512_castps_si512(table), 1));
+  I code = _mm512_maskz_set1_epi32(
+      _mm512_cmp_ps_mask(x, _mm512_set1_ps(thresholds[7]), kExceeds), 8);
+  __mmask16 m = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(code, plus3), kExceeds);
+  code = _mm512_mask_or_epi32(code, m, code, _mm512_set1_epi32(4));
+  m = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(code, plus1), kExceeds);
+  code = _mm512_mask_or_epi32(code, m, code, _mm512_set1_epi32(2));
+  m = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(code, table), kExceeds);
+  return _mm512_mask_or_epi32(code, m, code, _mm512_set1_epi32(1));
+}
+inline void store_codes(uint8_t* p, I codes) {
+  const __m128i bytes = _mm512_cvtepi32_epi8(codes);
+  const __m128i pairs = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x0110));  // even * 16 + odd
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
+}
+
+inline void transpose(F (&r)[kWidth]) {
+  F t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  const auto join = [](F a, F b, bool high) {
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+  };
+  // After this r[4i + j] holds, in 128-bit lane l, column 4l + j of rows 4i .. 4i + 3.
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = join(t[i], t[i + 2], false);
+    r[i + 1] = join(t[i], t[i + 2], true);
+    r[i + 2] = join(t[i + 1], t[i + 3], false);
+    r[i + 3] = join(t[i + 1], t[i + 3], true);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const F even01 = _mm512_shuffle_f32x4(r[j], r[j + 4], 0x88);
+    const F odd01 = _mm512_shuffle_f32x4(r[j], r[j + 4], 0xdd);
+    const F even23 = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0x88);
+    const F odd23 = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0xdd);
+    t[j] = _mm512_shuffle_f32x4(even01, even23, 0x88);
+    t[j + 8] = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+    t[j + 4] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+    t[j + 12] = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+inline F gather_bytes(const float* table, const uint8_t* codes) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(bytes), table, 4);
+}
+
+// Table entries are stored plus kBias8: vpdpbusd multiplies unsigned by signed bytes. The caller
+// starts its sums at -kBias8 times the sum of the activations.
+#if defined(__AVX512VNNI__)
+constexpr int kBias8 = 128;
+#else
+constexpr int kBias8 = 0;
+#endif
+using Table8 = __m512i;
+inline Table8 table8(const int8_t* p) {
+  const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_broadcast_i32x4(_mm_xor_si128(t, _mm_set1_epi8(static_cast<char>(kBias8))));
+}
+inline I dot_i8(I acc, I w, I x) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpbusd_epi32(acc, w, x);
+#else
+  const __mmask64 negative = _mm512_movepi8_mask(w);
+  const I signed_x = _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x);
+  const I pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_x);
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+}
+inline I dot_codes(I acc, Table8 t, I codes, const int8_t* x_high, const int8_t* x_low) {
+  const I nibble = _mm512_set1_epi8(15);
+  const I high = _mm512_shuffle_epi8(t, _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble));
+  const I low = _mm512_shuffle_epi8(t, _mm512_and_si512(codes, nibble));
+  return dot_i8(dot_i8(acc, high, load_dwords(x_high)), low, load_dwords(x_low));
+}
+inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+
+#if defined(__AVX512BF16__)
+#define FEINWERK_BF16_DOT 1
+// acc + a.even * b.even + a.odd * b.odd a lane, bf16 pairs in dwords.
+inline F dot_bf16(F acc, I a, I b) {
+  return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+// Two tables in one register: lanes 0-15 for words 0-15 of the codes, 16-31 for words 16-31.
+inline I table_bf16_pair(Table16 first, Table16 second) {
+  return reinterpret_cast<I>(_mm512_cvtne2ps_pbh(second, first));
+}
+// Nibble j of every word of codes, looked up in the half of the table its position belongs to.
+template <int j>
+inline I decode_words(I table, I codes) {
+  const I half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  const I shifted = j == 0 ? codes : _mm512_srli_epi16(codes, 4 * j);
+  // 0xea: (a & b) | c
+  const I index = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi16(15), half, 0xea);
+  return _mm512_permutexvar_epi16(index, table);
+}
+#endif
+
+#if defined(__AMX_BF16__)
+#define FEINWERK_AMX 1
+#endif
+
+}  // namespace
+}  // namespace feinwerk
+
+#endif  // FEINWERK_SIMD_AVX512_H_
