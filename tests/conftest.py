@@ -1,0 +1,63 @@
+"""Fixtures for every test: the backends in turn, poisoned fresh memory, hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+from feinwerk import testing
+
+# The same examples on every run: a failure in CI is a failure here.
+_COMMON: dict[str, Any] = {
+    "derandomize": True,
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [hypothesis.HealthCheck.function_scoped_fixture],
+}
+hypothesis.settings.register_profile("ci", max_examples=20, **_COMMON)
+hypothesis.settings.register_profile("full", max_examples=300, **_COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(params=testing.backend_ids())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once on each backend and ISA of this machine."""
+    with testing.use_backend(request.param) as name:
+        yield name
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Run with one torch thread, where torch's own sums have one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what feinwerk allocates: an element that a kernel forgets to write shows as NaN."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+        fresh = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        real = type(fresh) is torch.Tensor and fresh.device.type == "cpu"
+        if real and caller.partition(".")[0] == "feinwerk":
+            if fresh.is_floating_point():
+                fresh.fill_(torch.nan)
+            else:
+                fresh.fill_(torch.iinfo(fresh.dtype).max)
+        return fresh
+
+    return wrapper
