@@ -1,0 +1,108 @@
+"""Every choice of one quickstart run in one immutable object, saved with the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from feinwerk.cli.errors import CommandError
+
+DEFAULT_MODEL = "smollm2"
+DEFAULT_DATASET = "construction-faq"
+DEFAULT_STEPS = 60
+DTYPES = ("auto", "bfloat16", "float32")
+
+# They change where or how a run is shown, never its numbers' definition: a resumed run may differ.
+FREE_ON_RESUME = frozenset({"output", "threads", "checkpoint_every", "generate", "quiet", "cache"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `feinwerk quickstart`; each is documented where the command declares it."""
+
+    output: str = "feinwerk-quickstart"
+    model: str = DEFAULT_MODEL
+    dataset: str = DEFAULT_DATASET
+    steps: int | None = None
+    epochs: float | None = None
+    seed: int = 0
+    learning_rate: float = 1e-3
+    rank: int = 16
+    lora_alpha: float = 32.0
+    batch_size: int = 8
+    max_length: int = 320
+    held_out: int = 48
+    threads: int = 0
+    dtype: str = "auto"
+    blocksize: int = 64
+    double_quant: bool = True
+    checkpoint_every: int = 20
+    generate: bool = True
+    cache: bool = True
+    quiet: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        """Build settings from a checkpoint, which may hold names of another version.
+
+        Raises:
+            CommandError: if a name is unknown here or missing there.
+        """
+        known = {field.name for field in fields(cls)}
+        if set(values) != known:
+            odd = ", ".join(sorted(set(values) ^ known))
+            raise CommandError(f"quickstart: the checkpoint is of another version (it differs in {odd})")
+        return cls(**values)
+
+    def resumed_with(self, given: dict[str, Any]) -> Settings:
+        """Return these (a checkpoint's) settings with what the user gave on top.
+
+        Args:
+            given: the options that were given on the command line.
+
+        Raises:
+            CommandError: if an option that decides the numbers has another value.
+        """
+        merged = self.to_dict()
+        for name, value in given.items():
+            if name not in FREE_ON_RESUME and value != merged[name]:
+                option = "--" + name.replace("_", "-")
+                raise CommandError(
+                    f"quickstart: {option} must be {merged[name]} as in the checkpoint when "
+                    f"resuming, got {value}"
+                )
+            merged[name] = value
+        return Settings(**merged)
+
+
+def check(settings: Settings) -> None:
+    """Check what the option types cannot say.
+
+    Raises:
+        CommandError: naming the option and the rule.
+    """
+    sizes = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+    rules: list[tuple[str, str, bool]] = [
+        ("steps", "be at least 1", settings.steps is None or settings.steps >= 1),
+        ("epochs", "be above 0", settings.epochs is None or settings.epochs > 0),
+        ("epochs", "be left out beside --steps", None in (settings.steps, settings.epochs)),
+        ("learning_rate", "be above 0", settings.learning_rate > 0),
+        ("rank", "be at least 1", settings.rank >= 1),
+        ("lora_alpha", "be above 0", settings.lora_alpha > 0),
+        ("batch_size", "be at least 1", settings.batch_size >= 1),
+        ("max_length", "be at least 64", settings.max_length >= 64),
+        ("held_out", "be at least 2", settings.held_out >= 2),
+        ("threads", "be 0 (all cores) or more", settings.threads >= 0),
+        ("dtype", f"be one of {', '.join(DTYPES)}", settings.dtype in DTYPES),
+        ("blocksize", f"be one of {', '.join(map(str, sizes))}", settings.blocksize in sizes),
+        ("checkpoint_every", "be at least 1", settings.checkpoint_every >= 1),
+        ("seed", "be 0 or more", settings.seed >= 0),
+    ]
+    for name, rule, holds in rules:
+        if not holds:
+            option = "--" + name.replace("_", "-")
+            raise CommandError(f"quickstart: {option} must {rule}, got {getattr(settings, name)}")
