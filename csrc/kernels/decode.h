@@ -149,7 +149,8 @@ inline void decode_bf16(const feinwerk_nf4_weight& w, int64_t begin, int64_t end
   });
 }
 
-// The same as decode_panel_row in bf16, 32 elements at a time.
+#if defined(FEINWERK_BF16_DOT)
+// The same as decode_panel_row in bf16, 32 elements at a time, for the bf16 dot product.
 template <class Address>
 inline void decode_panel_row_bf16(const feinwerk_nf4_weight& w, int64_t begin, int64_t end,
                                   int64_t total, const Address& at) {
@@ -157,7 +158,7 @@ inline void decode_panel_row_bf16(const feinwerk_nf4_weight& w, int64_t begin, i
   if (begin % 32 == 0 && (end - begin) % 32 == 0) {
     const Table16 codebook = table16(kNf4Codebook);
     for_each_block(w, begin, end, [&](int64_t block, int64_t e, int64_t stop) {
-      const TableBf16 table = table_bf16(scale(codebook, block_absmax(w, block)));
+      const TableBf16 table = table_bf16_dot(scale(codebook, block_absmax(w, block)));
       for (; e < stop; e += 32)
         _mm512_storeu_si512(at(e - begin), decode32_bf16(table, w.packed + e / 2));
     });
@@ -169,6 +170,7 @@ inline void decode_panel_row_bf16(const feinwerk_nf4_weight& w, int64_t begin, i
   }
   for (; i < total; i += 32) _mm512_storeu_si512(at(i), _mm512_setzero_si512());
 }
+#endif
 #endif
 
 }  // namespace

@@ -50,13 +50,20 @@ inline void gemv_scales(const feinwerk_nf4_weight& w, int64_t n, float* scales) 
   }
 }
 
-// The codes of chunk c of a row; the last chunk may hold fewer than kChunk elements.
-inline I gemv_codes(const uint8_t* row, int64_t c, int64_t cols) {
-  const int64_t left = cols - c * kChunk;
-  if (left >= kChunk) return load_dwords(row + c * kChunk / 2);
-  uint8_t part[kChunk / 2] = {};
-  memcpy(part, row + c * kChunk / 2, static_cast<size_t>(left / 2));
-  return load_dwords(part);
+// Calls body(c, load) for every chunk of a row, where load(row) reads the chunk's codes. Only the
+// last chunk can be short: its missing codes read as zero, and meet activations that are zero.
+template <class Body>
+inline void for_each_chunk(int64_t cols, const Body& body) {
+  const int64_t whole = cols / kChunk;
+  for (int64_t c = 0; c < whole; ++c)
+    body(c, [c](const uint8_t* row) { return load_dwords(row + c * (kChunk / 2)); });
+  const int64_t left = cols - whole * kChunk;
+  if (left == 0) return;
+  body(whole, [=](const uint8_t* row) {
+    uint8_t part[kChunk / 2] = {};
+    memcpy(part, row + whole * (kChunk / 2), static_cast<size_t>(left / 2));
+    return load_dwords(part);
+  });
 }
 
 // fp32 activations.
@@ -93,11 +100,11 @@ void gemv_tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const flo
   F acc[n_rows][m_rows];
   for (auto& row : acc)
     for (F& lane : row) lane = zero();
-  for (int64_t c = 0; c < depth / kChunk; ++c) {
+  for_each_chunk(cols, [&](int64_t c, auto load_codes) {
     const float* xc = x + c * kChunk;
 #pragma GCC unroll 4
     for (int r = 0; r < n_rows; ++r) {
-      const I codes = gemv_codes(packed + r * row_bytes, c, cols);
+      const I codes = load_codes(packed + r * row_bytes);
       F part[m_rows];
       gemv_step<0>(table, codes, xc, depth, part);
       gemv_step<1>(table, codes, xc, depth, part);
@@ -111,7 +118,7 @@ void gemv_tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const flo
 #pragma GCC unroll 4
       for (int m = 0; m < m_rows; ++m) acc[r][m] = fma(part[m], scale, acc[r][m]);
     }
-  }
+  });
   for (int r = 0; r < n_rows; ++r)
     for (int m = 0; m < m_rows; ++m) sums[r][m] = reduce_add(acc[r][m]);
 }
@@ -176,22 +183,71 @@ template <int n_rows>
 void int8_tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const float* scales,
                int64_t scale_stride, const Int8Row& x, float (&sums)[n_rows]) {
   const Table8 table = table8(kNf4Int8);
-  const int64_t depth = round_up(cols, kChunk);
   F acc[n_rows];
   for (F& lane : acc) lane = zero();
-  for (int64_t c = 0; c < depth / kChunk; ++c) {
+  for_each_chunk(cols, [&](int64_t c, auto load_codes) {
     const int8_t* high = x.quants + c * kChunk;
     const I start = load_dwords(x.starts + c * kWidth);
     const F x_scale = spread8(x.scales, c);
 #pragma GCC unroll 4
     for (int r = 0; r < n_rows; ++r) {
-      const I codes = gemv_codes(packed + r * row_bytes, c, cols);
+      const I codes = load_codes(packed + r * row_bytes);
       const I dot = dot_codes(start, table, codes, high, high + kChunk / 2);
       acc[r] = fma(to_float(dot), mul(x_scale, spread8(scales + r * scale_stride, c)), acc[r]);
     }
-  }
+  });
   for (int r = 0; r < n_rows; ++r) sums[r] = reduce_add(acc[r]);
 }
+
+#if defined(FEINWERK_BF16_DOT)
+// bf16 activations and weights rounded to bf16, as everywhere else: every 64 elements get a table of
+// their own, codebook * absmax rounded, and two tables share a register. Words instead of dwords:
+//
+//   x[chunk]:  element 4 i + (j ^ 1)  ->  position 32 j + i,  j = 0 .. 3
+inline void bf16_pack(const uint16_t* x, int64_t rows, int64_t cols, uint16_t* packed) {
+  const int64_t depth = round_up(cols, kChunk);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t k = 0; k < depth; k += kChunk) {
+      uint16_t chunk[kChunk] = {};
+      memcpy(chunk, x + m * cols + k, static_cast<size_t>(min64(kChunk, cols - k)) * 2);
+      for (int64_t j = 0; j < 4; ++j)
+        for (int64_t i = 0; i < 32; ++i) packed[m * depth + k + 32 * j + i] = chunk[4 * i + (j ^ 1)];
+    }
+}
+
+template <int j, int m_rows>
+inline void bf16_step(I table, I codes, const uint16_t* x, int64_t depth, F (&acc)[m_rows]) {
+  const I w = decode_words<j>(table, codes);
+  for (int m = 0; m < m_rows; ++m)
+    acc[m] = dot_bf16(acc[m], w, load_dwords(x + m * depth + 32 * j));
+}
+
+template <int n_rows, int m_rows>
+void bf16_tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const float* scales,
+               int64_t scale_stride, const uint16_t* x, float (&sums)[n_rows][m_rows]) {
+  const Table16 codebook = table16(kNf4Codebook);
+  const int64_t depth = round_up(cols, kChunk);
+  F acc[n_rows][2][m_rows];  // two chains a row: the dot product takes longer than its turn
+  for (auto& row : acc)
+    for (auto& chain : row)
+      for (F& lane : chain) lane = zero();
+  for_each_chunk(cols, [&](int64_t c, auto load_codes) {
+    const uint16_t* xc = x + c * kChunk;
+#pragma GCC unroll 4
+    for (int r = 0; r < n_rows; ++r) {
+      const float* two = scales + r * scale_stride + 2 * c;
+      const I table = table_bf16_pair(scale(codebook, two[0]), scale(codebook, two[1]));
+      const I codes = load_codes(packed + r * row_bytes);
+      bf16_step<0>(table, codes, xc, depth, acc[r][0]);
+      bf16_step<1>(table, codes, xc, depth, acc[r][1]);
+      bf16_step<2>(table, codes, xc, depth, acc[r][0]);
+      bf16_step<3>(table, codes, xc, depth, acc[r][1]);
+    }
+  });
+  for (int r = 0; r < n_rows; ++r)
+    for (int m = 0; m < m_rows; ++m) sums[r][m] = reduce_add(add(acc[r][0][m], acc[r][1][m]));
+}
+#endif
 
 }  // namespace
 }  // namespace feinwerk

@@ -13,13 +13,17 @@ constexpr int64_t kMaxChunkRows = 1024;
 
 using Args = feinwerk_nf4_linear_args;
 
-enum class Path { kVector, kInt8, kProduct };
+enum class Path { kVector, kBf16Vector, kInt8, kProduct };
 
 Path path_of(const Args& args) {
   if (args.compute == FEINWERK_COMPUTE_INT8 && gemv_fits(args.weight)) return Path::kInt8;
   // fp32 only: a scale applied after the dot product is not W rounded to a 16-bit dtype.
   if (args.dtype == FEINWERK_FLOAT32 && args.m <= kGemvRows && gemv_fits(args.weight))
     return Path::kVector;
+#if defined(FEINWERK_BF16_DOT)
+  if (args.dtype == FEINWERK_BFLOAT16 && args.m <= kGemvRows && gemv_fits(args.weight))
+    return Path::kBf16Vector;
+#endif
   return Path::kProduct;
 }
 
@@ -101,22 +105,40 @@ VectorRows vector_rows(const feinwerk_nf4_weight& w, int64_t unit, uint8_t* scra
   return rows;
 }
 
-template <int n_rows, int m_rows>
-void vector_tile(const Args& args, const VectorRows& rows, int64_t r, const float* x, float* out) {
-  float sums[n_rows][m_rows];
-  gemv_tile<n_rows, m_rows>(rows.packed + r * rows.row_bytes, rows.row_bytes, args.weight.cols,
-                            rows.scales + r * rows.stride, rows.stride, x, sums);
-  for (int i = 0; i < n_rows; ++i)
-    for (int m = 0; m < m_rows; ++m) out[m * kGemvUnit + r + i] = sums[i][m];
-}
+// Which tile a dtype's vector path runs.
+struct Fp32Vector {
+  using Dtype = Float32;
+  using Packed = float;
+  template <int n_rows, int m_rows>
+  static void tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const float* scales,
+                   int64_t stride, const float* x, float (&sums)[n_rows][m_rows]) {
+    gemv_tile(packed, row_bytes, cols, scales, stride, x, sums);
+  }
+};
+#if defined(FEINWERK_BF16_DOT)
+struct Bf16Vector {
+  using Dtype = Bfloat16;
+  using Packed = uint16_t;
+  template <int n_rows, int m_rows>
+  static void tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const float* scales,
+                   int64_t stride, const uint16_t* x, float (&sums)[n_rows][m_rows]) {
+    bf16_tile(packed, row_bytes, cols, scales, stride, x, sums);
+  }
+};
+#endif
 
-template <int n_rows>
-void vector_tile_any(const Args& args, int64_t m_rows, const VectorRows& rows,
-                     int64_t r, const float* x, float* out) {
-  if (m_rows == 1) return vector_tile<n_rows, 1>(args, rows, r, x, out);
-  if (m_rows == 2) return vector_tile<n_rows, 2>(args, rows, r, x, out);
-  if (m_rows == 3) return vector_tile<n_rows, 3>(args, rows, r, x, out);
-  return vector_tile<n_rows, 4>(args, rows, r, x, out);
+// Rows of W from r on, n_rows at a time while they last; out[m][i] as finish_vector takes it.
+template <class Vector, int n_rows, int m_rows>
+int64_t vector_tiles(int64_t cols, const VectorRows& rows, int64_t r,
+                     const typename Vector::Packed* x, float* out) {
+  for (; r + n_rows <= rows.count; r += n_rows) {
+    float sums[n_rows][m_rows];
+    Vector::tile(rows.packed + r * rows.row_bytes, rows.row_bytes, cols,
+                 rows.scales + r * rows.stride, rows.stride, x, sums);
+    for (int i = 0; i < n_rows; ++i)
+      for (int m = 0; m < m_rows; ++m) out[m * kGemvUnit + r + i] = sums[i][m];
+  }
+  return r;
 }
 
 // out[m][i]: y[row + m][rows.n + i] before the bias.
@@ -135,17 +157,22 @@ void finish_vector(const Args& args, int64_t row, int64_t m_rows, const VectorRo
     }
 }
 
+template <class Vector>
 void vector_unit(const Args& args, int64_t row, int64_t m_rows, int64_t unit, const uint8_t* shared,
                  uint8_t* scratch) {
   const VectorRows rows = vector_rows(args.weight, unit, scratch);
-  const auto* x = reinterpret_cast<const float*>(shared);
+  const int64_t cols = args.weight.cols;
+  const auto* x = reinterpret_cast<const typename Vector::Packed*>(shared);
   float out[kGemvRows * kGemvUnit] = {};
-  int64_t r = 0;
   if (m_rows == 1)
-    for (; r + kGemvWeightRows <= rows.count; r += kGemvWeightRows)
-      vector_tile<kGemvWeightRows, 1>(args, rows, r, x, out);
-  for (; r < rows.count; ++r) vector_tile_any<1>(args, m_rows, rows, r, x, out);
-  finish_vector<Float32>(args, row, m_rows, rows, out);
+    vector_tiles<Vector, 1, 1>(cols, rows, vector_tiles<Vector, 4, 1>(cols, rows, 0, x, out), x, out);
+  else if (m_rows == 2)
+    vector_tiles<Vector, 1, 2>(cols, rows, vector_tiles<Vector, 2, 2>(cols, rows, 0, x, out), x, out);
+  else if (m_rows == 3)
+    vector_tiles<Vector, 1, 3>(cols, rows, 0, x, out);
+  else
+    vector_tiles<Vector, 1, 4>(cols, rows, 0, x, out);
+  finish_vector<typename Vector::Dtype>(args, row, m_rows, rows, out);
 }
 
 void int8_unit(const Args& args, int64_t row, int64_t m_rows, int64_t unit, const uint8_t* shared,
@@ -183,6 +210,8 @@ ProductPlan nf4_linear_plan(const Args& args) {
   switch (path_of(args)) {
     case Path::kVector:
       return vector_plan(args, gemv_depth(args.weight) * 4);
+    case Path::kBf16Vector:
+      return vector_plan(args, gemv_depth(args.weight) * 2);
     case Path::kInt8:
       return vector_plan(args, int8_row_bytes(args.weight.cols));
     case Path::kProduct:
@@ -198,6 +227,11 @@ void nf4_linear_pack(const Args& args, int64_t row, int64_t rows, int64_t unit, 
   if (path == Path::kVector)
     return gemv_pack<Float32>(static_cast<const float*>(args.x) + row * cols, rows, cols,
                               reinterpret_cast<float*>(shared));
+#if defined(FEINWERK_BF16_DOT)
+  if (path == Path::kBf16Vector)
+    return bf16_pack(static_cast<const uint16_t*>(args.x) + row * cols, rows, cols,
+                     reinterpret_cast<uint16_t*>(shared));
+#endif
   if (path == Path::kInt8)
     return with_dtype(args.dtype, [&](auto dtype) {
       using Element = typename decltype(dtype)::Element;
@@ -224,7 +258,11 @@ void nf4_linear_unit(const Args& args, int64_t row, int64_t rows, int64_t unit,
                      const uint8_t* shared, uint8_t* scratch) {
   switch (path_of(args)) {
     case Path::kVector:
-      return vector_unit(args, row, rows, unit, shared, scratch);
+      return vector_unit<Fp32Vector>(args, row, rows, unit, shared, scratch);
+    case Path::kBf16Vector:
+#if defined(FEINWERK_BF16_DOT)
+      return vector_unit<Bf16Vector>(args, row, rows, unit, shared, scratch);
+#endif
     case Path::kInt8:
       return int8_unit(args, row, rows, unit, shared, scratch);
     case Path::kProduct:
