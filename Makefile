@@ -85,7 +85,7 @@ test: build
 
 # Here a skip that tests/skips_allowed.txt does not list is a failure.
 test-full: build
-	@$(PY) -m pytest -p tests.skip_gate --skips-allowed tests/skips_allowed.txt $(ARGS)
+	@HYPOTHESIS_PROFILE=full $(PY) -m pytest -p tests.skip_gate --skips-allowed tests/skips_allowed.txt $(ARGS)
 
 bench: build
 	@OP="$(OP)" SHAPE="$(SHAPE)" ISA="$(ISA)" $(PY) -m benchmarks $(ARGS)

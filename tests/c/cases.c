@@ -222,12 +222,19 @@ static void check_embedding(context* run, const feinwerk_nf4_weight* weight) {
   same_bytes(run, "out", out, want, count * (int64_t)size);
 }
 
+static double* widen(context* run, const void* values, feinwerk_dtype dtype, int64_t count) {
+  double* wide = take(run, count, sizeof(double));
+  for (int64_t i = 0; i < count; ++i) wide[i] = (double)plain_load(values, dtype, i);
+  return wide;
+}
+
 // One product y[rows, outer] = a[rows, inner] @ B + bias against doubles, where B(o, i) is element
 // o * outer_stride + i * inner_stride of the weight. slack[row * outer + o] is added to the budget.
 static void check_product(context* run, const void* got, const void* a, int64_t rows, int64_t outer,
                           int64_t outer_stride, int64_t inner, int64_t inner_stride,
                           const double* weight, const double* bias, const double* slack) {
   const feinwerk_dtype dtype = run->test->dtype;
+  double* wide = widen(run, a, dtype, rows * inner);
   double* want = take(run, rows * outer, sizeof(double));
   double* budget = take(run, rows * outer, sizeof(double));
   double most = 0;
@@ -235,8 +242,7 @@ static void check_product(context* run, const void* got, const void* a, int64_t 
     for (int64_t o = 0; o < outer; ++o) {
       double sum = bias ? bias[o] : 0, size = fabs(sum);
       for (int64_t i = 0; i < inner; ++i) {
-        const double term = (double)plain_load(a, dtype, row * inner + i) *
-                            weight[o * outer_stride + i * inner_stride];
+        const double term = wide[row * inner + i] * weight[o * outer_stride + i * inner_stride];
         sum += term;
         size += fabs(term);
       }
@@ -258,20 +264,22 @@ static void check_product(context* run, const void* got, const void* a, int64_t 
 static double* int8_slack(context* run, const void* x, const feinwerk_nf4_weight* weight,
                           const double* dense) {
   const test_case* test = run->test;
+  const double* wide = widen(run, x, test->dtype, test->m * test->k);
   double* slack = take(run, test->m * test->n, sizeof(double));
+  double* most = take(run, test->k, sizeof(double));
   for (int64_t row = 0; row < test->m; ++row) {
+    const double* values = wide + row * test->k;
+    for (int64_t i = 0; i < test->k; ++i) {
+      most[i] = 0;
+      for (int64_t j = i / 64 * 64; j < test->k && j < i / 64 * 64 + 64; ++j)
+        most[i] = fmax(most[i], fabs(values[j]));
+    }
     for (int64_t o = 0; o < test->n; ++o) {
-      double sum = 0, most = 0;
+      double sum = 0;
       for (int64_t i = 0; i < test->k; ++i) {
-        const double value = fabs((double)plain_load(x, test->dtype, row * test->k + i));
-        if (i % 64 == 0) {
-          most = 0;
-          for (int64_t j = i; j < test->k && j < i + 64; ++j)
-            most = fmax(most, fabs((double)plain_load(x, test->dtype, row * test->k + j)));
-        }
         const int64_t element = o * test->k + i;
         const double absmax = plain_nf4_absmax(weight, element / weight->blocksize);
-        sum += most * fabs(dense[element]) + value * fabs(absmax);
+        sum += most[i] * fabs(dense[element]) + fabs(values[i] * absmax);
       }
       slack[row * test->n + o] = sum / 127;
     }
@@ -287,9 +295,7 @@ static void check_linear(context* run, const feinwerk_nf4_weight* weight, const 
   const void* x = random_values(run, test->m * test->k, test->dtype);
   const feinwerk_dtype bias_dtype = kDtypes[next_random(&run->random) % 3];
   const void* bias = with_bias ? random_values(run, test->n, bias_dtype) : NULL;
-  double* wide_bias = with_bias ? take(run, test->n, sizeof(double)) : NULL;
-  for (int64_t i = 0; with_bias && i < test->n; ++i)
-    wide_bias[i] = (double)plain_load(bias, bias_dtype, i);
+  const double* wide_bias = with_bias ? widen(run, bias, bias_dtype, test->n) : NULL;
   feinwerk_nf4_linear_args args = {.weight = *weight,
                                    .x = x,
                                    .y = take(run, count, size),

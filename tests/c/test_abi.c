@@ -1,6 +1,8 @@
 // The C ABI as a C11 host sees it: values on fixed sizes, and an error for everything wrong.
 //
 //   test_abi           every test, the values on every instruction set of this CPU
+//   test_abi --large   values where the activations do not fit the workspace at once
+//   test_abi --isas    prints the instruction sets of this CPU
 //   test_abi --isa     prints the instruction set that is chosen by default
 #include <stdio.h>
 #include <stdlib.h>
@@ -300,7 +302,7 @@ static void test_values(void) {
       {.m = 1, .n = 1, .k = 1, .blocksize = 4096, .nested = 1, .shift = 1, .threads = 3},
       {.m = 17, .n = 67, .k = 131, .blocksize = 32, .nested = 1, .shift = 1, .threads = 3},
       {.m = 33, .n = 96, .k = 576, .blocksize = 64, .nested = 1, .threads = 2},
-      {.m = 70, .n = 130, .k = 1100, .blocksize = 128, .nested = 1, .threads = 4},
+      {.m = 70, .n = 90, .k = 700, .blocksize = 128, .nested = 1, .threads = 4},
       {.m = 5, .n = 40, .k = 300, .blocksize = 4096, .shift = 1, .threads = 4},
       {.m = 16, .n = 300, .k = 64, .blocksize = 64, .nested = 1, .threads = 2},
   };
@@ -314,6 +316,26 @@ static void test_values(void) {
   }
 }
 
+// More rows than are packed at once: the workspace is bounded, whatever m is.
+static void test_large_values(void) {
+  for (int dtype = 0; dtype < 2; ++dtype) {
+    const test_case test = {.m = dtype == 0 ? 2100 : 4200,
+                            .n = 5,
+                            .k = 2500,
+                            .blocksize = 64,
+                            .dtype = (feinwerk_dtype)dtype,
+                            .nested = 1,
+                            .threads = 2};
+    check_case_on_every_isa(&test);
+  }
+}
+
+static void print_isas(void) {
+  for (int64_t i = 0; i < feinwerk_isa_count(); ++i)
+    if (feinwerk_isa_available(i)) printf(" %s", feinwerk_isa_name(i));
+  puts("");
+}
+
 int main(int argc, char** argv) {
   const char* isa = NULL;
   if (feinwerk_active_isa(&isa) != FEINWERK_OK) {
@@ -322,6 +344,15 @@ int main(int argc, char** argv) {
   }
   if (argc > 1 && strcmp(argv[1], "--isa") == 0) {
     puts(isa);
+    return 0;
+  }
+  if (argc > 1 && strcmp(argv[1], "--isas") == 0) {
+    print_isas();
+    return 0;
+  }
+  if (argc > 1 && strcmp(argv[1], "--large") == 0) {
+    test_large_values();
+    puts("test_abi: large values passed");
     return 0;
   }
   CHECK(strcmp(feinwerk_last_error(), "") == 0 && strlen(feinwerk_version()) > 0);
@@ -336,8 +367,6 @@ int main(int argc, char** argv) {
   test_isas();
   test_values();
   printf("test_abi: %d checks passed; instruction sets:", checks);
-  for (int64_t i = 0; i < feinwerk_isa_count(); ++i)
-    if (feinwerk_isa_available(i)) printf(" %s", feinwerk_isa_name(i));
-  puts("");
+  print_isas();
   return 0;
 }

@@ -1,0 +1,83 @@
+"""The built extension beside torch: what it needs, what it shows, and how it loads."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import feinwerk
+import pytest
+
+MODULES = sorted(Path(feinwerk.__file__).parent.glob("_C*.so"))
+
+
+@pytest.fixture
+def module() -> Path:
+    tag = sys.implementation.cache_tag  # cpython-311
+    found = [path for path in MODULES if tag in path.name]
+    if not found:
+        pytest.skip("needs the native extension")
+    return found[0]
+
+
+def tool(*command: object) -> str:
+    assert shutil.which(str(command[0])), f"{command[0]} comes with the compiler"
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_it_needs_the_c_library_only(module: Path) -> None:
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", tool("readelf", "-d", module)))
+    system = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0"}
+    assert {name for name in needed if not name.startswith("ld-linux")} <= system
+    assert "RUNPATH" not in tool("readelf", "-d", module)
+
+
+def test_it_asks_for_no_cxx_or_openmp_symbol(module: Path) -> None:
+    # _ZGTt*: weak hooks of transactional memory in the C++ run time, bound to nothing.
+    undefined = tool("nm", "-D", "--undefined-only", module).replace("_ZGTt", "")
+    assert not re.findall(r"\S*(?:GLIBCXX|CXXABI|GOMP|OMP)\S*|\b_Z\S+", undefined)
+
+
+def test_it_exports_its_init_function_and_the_c_abi_only(module: Path) -> None:
+    lines = tool("nm", "-D", "--defined-only", module).splitlines()
+    names = {line.split()[-1].partition("@")[0] for line in lines}
+    assert "PyInit__C" in names
+    assert {name for name in names if not name.startswith("feinwerk_")} == {"PyInit__C"}
+
+
+LOADS = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("feinwerk._C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+libraries = {line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}
+print(sorted(name.rsplit("/")[-1] for name in libraries if "gomp" in name or "stdc++" in name))
+"""
+
+
+def test_it_loads_without_torch_openmp_or_libstdcxx(module: Path) -> None:
+    assert tool(sys.executable, "-c", LOADS, module).strip() == "[]"
+
+
+BESIDE_TORCH = """
+import torch
+import feinwerk
+weight = feinwerk.NF4Weight.from_dense(torch.randn(512, 512))
+torch.set_num_threads(2)
+weight.linear(torch.randn(64, 512))
+paths = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line}
+print(len({path for path in paths}))
+try:
+    weight.linear(torch.randn(64, 511))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_one_openmp_and_working_exceptions_beside_torch(module: Path) -> None:
+    lines = tool(sys.executable, "-W", "error", "-c", BESIDE_TORCH).splitlines()
+    assert lines[0] == "1"
+    assert lines[1].startswith("nf4_linear: x must ")
