@@ -1,0 +1,1 @@
+"""Benchmarks of Feinwerk beside its peers, run with `make bench` or `python -m benchmarks`."""

@@ -1,0 +1,114 @@
+"""The one entry to the benchmarks: a process for each configuration, results merged as they come.
+
+make bench                                       everything, under 15 minutes on 2 idle cores
+make bench ARGS=--quick                          what the bars need, under 2 minutes
+make bench OP=nf4_linear SHAPE=4096x4096 ISA=avx2 THREADS=1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import machine, plan, report
+from benchmarks.store import RESULTS, Store
+
+HERE = Path(__file__).resolve().parent
+PASS, NOTHING_COLLECTED = 0, 5
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options; OP, SHAPE, ISA and THREADS of the environment are their defaults."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    env = os.environ
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument(
+        "--quick", action="store_const", const="quick", dest="level", help="bars only"
+    )
+    level.add_argument(
+        "--full", action="store_const", const="full", dest="level", help="every case"
+    )
+    parser.set_defaults(level="default")
+    ops = (*plan.OPS, "memory")
+    parser.add_argument("--op", default=env.get("OP", ""), help=f"one of {', '.join(ops)}")
+    parser.add_argument("--shape", default=env.get("SHAPE", ""), help="one weight, as 4096x4096")
+    parser.add_argument("--isa", default=env.get("ISA", ""), help="kernels' instruction set")
+    parser.add_argument("--threads", default=env.get("THREADS", ""), help="only this many threads")
+    parser.add_argument("--only", default="", help="pytest's -k: cases whose name matches")
+    parser.add_argument("--resume", action="store_true", help="skip what this commit has measured")
+    parser.add_argument("--results", type=Path, help="results file, default results/<machine>.json")
+    options = parser.parse_args(argv)
+    if options.op and options.op not in ops:
+        parser.error(f"OP must be one of {', '.join(ops)}, got {options.op!r}")
+    parts = options.shape.split("x") if options.shape else []
+    if parts and not (len(parts) == 2 and all(part.isdecimal() for part in parts)):
+        parser.error(f"SHAPE must be two sizes such as 4096x4096, got {options.shape!r}")
+    if options.threads and not options.threads.isdecimal():
+        parser.error(f"THREADS must be a positive number, got {options.threads!r}")
+    return options
+
+
+def run_pytest(
+    options: argparse.Namespace, configuration: plan.Configuration, facts: dict[str, object]
+) -> int:
+    """Measure one configuration in a fresh process."""
+    environment = {**os.environ, **configuration.environment()}
+    environment["FEINWERK_BENCH_RUN"] = json.dumps(facts)
+    for name in ("FEINWERK_ISA", "ONEDNN_MAX_CPU_ISA"):
+        if name not in configuration.environment():
+            environment.pop(name, None)
+    machine.BUILD.mkdir(parents=True, exist_ok=True)
+    raw = machine.BUILD / f"{str(configuration).replace(' ', '-').replace(',', '')}.json"
+    names = [options.op] if options.op else plan.OPS
+    files = [str(HERE / f"bench_{name}.py") for name in names]
+    flags = ["--level", options.level, "--results", str(options.results)]
+    flags += ["--shape", options.shape] if options.shape else []
+    flags += ["--resume"] if options.resume else []
+    flags += ["--forced"] if options.isa else []
+    flags += ["-k", options.only] if options.only else []
+    command = [
+        sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), *files, *flags,
+        "-s", "-q", "--no-header", "--disable-warnings", "--benchmark-enable", "--benchmark-quiet",
+        "--benchmark-disable-gc", f"--benchmark-json={raw}",
+    ]  # fmt: skip
+    return subprocess.run(command, env=environment, cwd=HERE.parent, check=False).returncode
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, then print the bars; 0 when every case was measured and correct."""
+    options = parse(argv)
+    facts = machine.run_facts()
+    options.results = options.results or RESULTS / f"{machine.name()}.json"
+    started, worst = time.perf_counter(), 0
+    chosen = plan.configurations(options.level, options.isa, options.threads, machine.features())
+    print(f"{machine.describe()['cpu']}, {os.cpu_count()} cores; load {facts['load_average']}")
+    if options.op != "memory":
+        for configuration in chosen:
+            status = run_pytest(options, configuration, facts)
+            worst = max(worst, 0 if status in (PASS, NOTHING_COLLECTED) else status)
+    if options.op in ("", "memory") and not options.shape and options.level != "quick":
+        from benchmarks import memory
+        from feinwerk import backends
+
+        store = Store(options.results, machine.describe())
+        run = store.begin(facts)
+        for key, record in memory.records(run, chosen[0], backends.isa() or "reference"):
+            store.put(key, record)
+        print("\n".join(report.memory_table(store.data)))
+    if options.results.exists():
+        print("\n".join(["", *report.bar_table(Store(options.results).data)]))
+    print(f"\n{time.perf_counter() - started:.0f} s; results in {options.results}")
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""Turns a results file into text: lines on the terminal, Markdown tables, the bar table, a plot.
+
+python -m benchmarks.report                    prints the bars of this machine
+python -m benchmarks.report --docs --plot      renders docs/benchmarks.md and its image
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import bars
+from benchmarks.plan import MAIN_SHAPE, ROWS, SHAPES
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
+IMAGE = ROOT / "docs" / "images" / "nf4_linear.png"
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+PEER_ORDER = (
+    "dense", "bitsandbytes", "bitsandbytes eval", "ort int4 level 0", "ort int4 level 0 fp16",
+    "ort int4 level 4", "ort int4 level 4 block 32", "ort nf4", "NF4Weight.from_dense", "torch fill",
+)  # fmt: skip
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Three significant digits without an exponent."""
+    if value == 0 or not value == value:
+        return "-"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:.0f}"
+    return f"{value:.{digits}g}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds."""
+    return number(seconds * 1e3)
+
+
+def ceilings_line(values: dict[str, float]) -> str:
+    """What the machine can do, in one line."""
+    parts = []
+    for key, value in values.items():
+        what, _, unit = key.rpartition("_")
+        unit = {"gbps": "GB/s", "gops": "GFLOP/s"}[unit]
+        parts.append(f"{what.replace('_', ' ')} {number(value)} {unit}")
+    return "ceilings: " + ", ".join(parts)
+
+
+def case_lines(title: str, record: dict[str, Any]) -> str:
+    """One case for the terminal: ours, then every peer and limit with its ratio."""
+    mine = record["ours"]
+    extra = f"{number(record['gbps'])} GB/s"
+    if record["gflops"]:
+        extra += f", {number(record['gflops'])} GFLOP/s"
+    head = f"{milliseconds(mine['median'])} ms (min {milliseconds(mine['min'])})"
+    lines = [f"\n{title}", f"  {'feinwerk':<28}{head:<30}{extra}"]
+    for name, peer in record["peers"].items():
+        time = f"{milliseconds(peer['median'])} ms (min {milliseconds(peer['min'])})"
+        note = f"  [{peer['note']}]" if peer["note"] else ""
+        lines.append(f"  {name:<28}{time:<30}{faster(peer['ratio'])}{note}")
+    for name, limit in record["limits"].items():
+        time = f"{milliseconds(limit['median'])} ms"
+        lines.append(f"  {'limit: ' + name:<28}{time:<30}{share(limit['share'])}")
+    lines += [f"  {name:<28}-  {reason}" for name, reason in record["missing"].items()]
+    return "\n".join(lines)
+
+
+def faster(ratio: dict[str, float]) -> str:
+    """A ratio with its spread."""
+    return (
+        f"{number(ratio['median'])}x [{number(ratio['low'])}, {number(ratio['high'])}]"
+        f"  10-90 %: {number(ratio['p10'])} to {number(ratio['p90'])}, {ratio['rounds']} rounds"
+    )
+
+
+def share(ratio: dict[str, float]) -> str:
+    """A share of a limit with its spread."""
+    low, high = 100 * ratio["low"], 100 * ratio["high"]
+    return f"{100 * ratio['median']:.0f} % of it [{low:.0f}, {high:.0f}]"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """A Markdown table, columns padded so that it reads as text too."""
+    lines = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for i, line in enumerate(lines):
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        yield "| " + " | ".join(cells) + " |"
+        if i == 0:
+            yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+
+
+def bar_table(data: dict[str, Any]) -> Iterator[str]:
+    """Every bar: required, measured with its 95 % interval, met or not."""
+    rows = []
+    for verdict in bars.verdicts(data):
+        bar, ratio = verdict.bar, verdict.ratio
+        scale, unit = (100, " %") if bar.is_share else (1, "x")
+        against = verdict.name or bar.against[0]
+        measured, result = "-", "not measured"
+        if ratio is not None:
+            low, high = number(scale * ratio["low"]), number(scale * ratio["high"])
+            measured = f"{number(scale * ratio['median'])}{unit} [{low}, {high}]"
+            result = (
+                "met"
+                if verdict.met
+                else f"missed: {number(ratio['median'] / bar.required, 2)} of it"
+            )
+            result += " (open)" if verdict.open else ""
+        rows.append(
+            (
+                bar.group, bar.label(), against, f"{number(scale * bar.required)}{unit}", measured,
+                milliseconds(verdict.ours), milliseconds(verdict.theirs), result,
+            )
+        )  # fmt: skip
+    head = ("bar", "what", "against", "required", "measured", "ours ms", "theirs ms", "result")
+    yield from table(head, rows)
+
+
+def matmul_table(
+    data: dict[str, Any], shape: Sequence[int], dtype: str, what: str, threads: int, **chosen: Any
+) -> Iterator[str]:
+    """One weight: a line for each M, ours in ms, then how much faster than each peer."""
+    found = []
+    for M in ROWS:
+        record = bars.find(data, what, M, dtype, shape=shape, threads=threads, **chosen)
+        if record is not None:
+            found.append(record)
+    if not found:
+        return
+    names = [name for name in PEER_ORDER if any(name in r["peers"] for r in found)]
+    rows = []
+    for record in found:
+        cells = []
+        for name in names:
+            peer = record["peers"].get(name)
+            cells.append(
+                "" if peer is None
+                else f"{milliseconds(peer['median'])} ms, {number(peer['ratio']['median'])}x"
+            )  # fmt: skip
+        rate = number(record["gbps"]), number(record["gflops"])
+        rows.append((str(record["M"]), milliseconds(record["ours"]["median"]), *rate, *cells))
+    yield from table(("M", "feinwerk ms", "GB/s", "GFLOP/s", *names), rows)
+
+
+def other_table(data: dict[str, Any], op: str) -> Iterator[str]:
+    """An op that is no matmul: a line for each case."""
+    found = [r for r in data["cases"].values() if r["op"] == op]
+    if not found:
+        return
+    names = [name for name in PEER_ORDER if any(name in r["peers"] for r in found)]
+    rows = []
+    for r in found:
+        size = f"{r['N']}x{r['K']}" + (f", {r['M']} rows" if r["M"] else "")
+        cells = [
+            f"{milliseconds(r['peers'][n]['median'])} ms, {number(r['peers'][n]['ratio']['median'])}x"
+            if n in r["peers"] else "" for n in names
+        ]  # fmt: skip
+        mine = milliseconds(r["ours"]["median"]), number(r["gbps"])
+        rows.append((f"{r['what']} {size}", r["dtype"], str(r["threads"]), *mine, *cells))
+    yield from table(("case", "dtype", "threads", "feinwerk ms", "GB/s", *names), rows)
+
+
+def memory_table(data: dict[str, Any]) -> Iterator[str]:
+    """Peak memory beyond inputs and output, of one call."""
+    rows = [
+        (
+            f"{r['what']} {r['N']}x{r['K']}, M={r['M']}", r["dtype"],
+            *(f"{r['extra_bytes'][who] / 2**20:.1f}" for who in ("feinwerk", "dense", "bitsandbytes")),
+            f"{r['workspace_bytes'] / 2**20:.1f}", f"{r['dense_bytes'] / 2**20:.1f}",
+        )
+        for r in data["cases"].values()
+        if r["op"] == "memory"
+    ]  # fmt: skip
+    if rows:
+        head = ("call", "dtype", "feinwerk MiB", "dense MiB", "bitsandbytes MiB",
+                "feinwerk's workspace MiB", "dense copy of W MiB")  # fmt: skip
+        yield from table(head, rows)
+
+
+def machine_lines(data: dict[str, Any]) -> Iterator[str]:
+    """Machine, versions, dates and ceilings."""
+    m = data["machine"]
+    kind = ", a virtual machine" if m.get("virtual") else ""
+    cache = m["last_level_cache_bytes"] / 2**20
+    yield f"**{m['cpu']}**, {m['cores']} cores{kind}; {', '.join(m['features'])}; last-level cache"
+    yield f"{cache:.0f} MiB as reported; {m['system']}."
+    yield ""
+    runs = data["runs"].values()
+    newest = max(runs, key=lambda run: run["date"])
+    yield f"Versions: {', '.join(f'{k} {v}' for k, v in newest['versions'].items())}. Measured"
+    yield f"{min(r['date'] for r in runs)[:10]} to {newest['date'][:10]}, commits"
+    yield f"{', '.join(sorted({r['commit'] for r in runs}))}."
+    configured = {name: c for run in runs for name, c in run["ceilings"].items()}
+    keys = sorted({key for c in configured.values() for key in c}, key=lambda k: (k[-4:], k))
+    yield ""
+    names = [
+        k.replace("_gbps", " GB/s").replace("_gops", " GFLOP/s").replace("_", " ") for k in keys
+    ]
+    yield from table(
+        ("measured ceiling", *configured),
+        (
+            (name, *(number(c.get(key, 0.0)) for c in configured.values()))
+            for name, key in zip(names, keys, strict=True)
+        ),
+    )
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """Everything between the markers of docs/benchmarks.md."""
+    parts: list[str] = ["## Machine", "", *machine_lines(data), ""]
+    parts += ["## Bars", "", *bar_table(data), ""]
+    parts += [f"![NF4 linear beside its peers](images/{IMAGE.name})", ""]
+    sections: list[tuple[str, list[str]]] = []
+    for shape in SHAPES:
+        for threads in (2, 1):
+            for dtype in ("bf16", "fp32", "fp16"):
+                for what in ("forward", "int8 forward", "dX"):
+                    title = f"{what}, {shape[0]} x {shape[1]}, {dtype}, {threads} thread(s)"
+                    lines = list(matmul_table(data, shape, dtype, what, threads))
+                    sections.append((title, lines))
+    for what in ("forward", "dX"):
+        for isa, onednn, dtype in (
+            ("avx512_bf16", "AVX512_CORE_BF16", "bf16"),
+            ("avx2", "", "fp32"),
+        ):
+            chosen = {"isa": isa, "onednn": onednn}
+            title = f"{what}, 4096 x 4096, {dtype}, kernels held to {isa}"
+            title += f", oneDNN to {onednn}" if onednn else ""
+            sections.append((title, list(matmul_table(data, MAIN_SHAPE, dtype, what, 2, **chosen))))
+    for what, dtype in (("forward", "bf16"), ("forward", "fp32"), ("int8 forward", "fp32")):
+        title = f"{what}, 4096 x 4096, {dtype}, 2 threads, warm weights"
+        sections.append((title, list(matmul_table(data, MAIN_SHAPE, dtype, what, 2, cold=False))))
+    parts += [
+        "## nf4_linear",
+        "",
+        "Each peer: its median time, and how many times faster Feinwerk is.",
+        "",
+    ]
+    for title, lines in sections:
+        if lines:
+            parts += [f"### {title}", "", *lines, ""]
+    for op in ("nf4_quantize", "nf4_dequantize", "nf4_embedding", "blockwise"):
+        lines = list(other_table(data, op))
+        if lines:
+            parts += [f"## {op}", "", *lines, ""]
+    lines = list(memory_table(data))
+    if lines:
+        parts += ["## Peak extra memory", "", *lines, ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+INTRODUCTION = """# Benchmarks
+
+`make bench` measures Feinwerk and its peers in turn in one process (`benchmarks/README.md` says how)
+and keeps the results in `benchmarks/results/`. A figure such as *2.5x [2.4, 2.7]* is the median of
+the ratios of neighbouring samples, with a 95 % bootstrap interval; above 1, Feinwerk is faster.
+Weights are cold unless a table says otherwise: every call takes another copy, and the copies together
+exceed the last-level cache. The tables below are rendered by `python -m benchmarks.report --docs --plot`.
+
+"""
+
+
+def render(page: Path, data: dict[str, Any]) -> None:
+    """Replace what stands between the markers; make the page if there is none."""
+    text = page.read_text(encoding="utf-8") if page.exists() else f"{INTRODUCTION}{BEGIN}\n{END}\n"
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"render: {page} must hold the markers {BEGIN} and {END}")
+    head, tail = text.split(BEGIN, 1)[0], text.split(END, 1)[1]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(f"{head}{BEGIN}\n\n{markdown(data)}\n{END}{tail}", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of the report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--results", type=Path, help="results file; default: this machine's")
+    parser.add_argument("--docs", action="store_true", help=f"render {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--plot", action="store_true", help=f"draw {IMAGE.relative_to(ROOT)}")
+    options = parser.parse_args(argv)
+    if options.results is None:
+        from benchmarks import machine
+        from benchmarks.store import RESULTS
+
+        options.results = RESULTS / f"{machine.name()}.json"
+    data = json.loads(options.results.read_text(encoding="utf-8"))
+    print("\n".join(bar_table(data)))
+    if options.docs:
+        render(PAGE, data)
+    if options.plot:
+        from benchmarks import plot
+
+        plot.draw(data, IMAGE)
+
+
+if __name__ == "__main__":
+    main()
