@@ -1,10 +1,10 @@
-"""Reads and writes the state-dict keys in which bitsandbytes stores an NF4 weight, bit for bit.
+r"""Reads and writes the state-dict keys in which bitsandbytes stores an NF4 weight, bit for bit.
 
 ```
    <prefix>weight                                     uint8 [ceil(n/2), 1]   packed codes
    <prefix>weight.absmax                              fp32 [nblocks], or uint8 when double-quantized
    <prefix>weight.quant_map                           fp32 [16]              the NF4 codebook
-   <prefix>weight.nested_absmax                       fp32 [ceil(nblocks/256)]  \\ double
+   <prefix>weight.nested_absmax                       fp32 [ceil(nblocks/256)]  \ double
    <prefix>weight.nested_quant_map                    fp32 [256]                / quantization only
    <prefix>weight.quant_state.bitsandbytes__nf4       uint8, the bytes of one JSON object
 ```
@@ -79,7 +79,8 @@ def encode(fields: Fields, prefix: str) -> dict[str, torch.Tensor]:
     }
     tensors = [fields.packed.reshape(-1, 1), fields.absmax, nf4_codebook(fields.packed.device)]
     if fields.nested_absmax is not None:
-        assert fields.nested_codebook is not None and fields.nested_offset is not None
+        assert fields.nested_codebook is not None
+        assert fields.nested_offset is not None
         state["nested_blocksize"] = NESTED_BLOCKSIZE
         state["nested_dtype"] = "float32"
         # The double of an fp32, printed by repr. A meta tensor has no value to print.
