@@ -62,11 +62,20 @@ float ordered_mean(const float* x, int64_t count) {
 }
 
 void fill_bins(const float* codebook, uint8_t* bins) {
-  int code = 0;
-  for (int64_t bin = 0; bin < kBinCount; ++bin) {
-    const float value = static_cast<float>(bin + bin) / 65535.0f - 1.0f;
-    while (code < 255 && value > (codebook[code] + codebook[code + 1]) * 0.5f) ++code;
-    bins[bin] = static_cast<uint8_t>(code);
+  const auto value = [](int64_t bin) { return static_cast<float>(bin + bin) / 65535.0f - 1.0f; };
+  int64_t first = 0;
+  for (int code = 0; code < 256; ++code) {
+    // The bins of this code end before the first value above its upper midpoint. Values grow with
+    // the bin, so a division finds it but for its rounding.
+    int64_t end = kBinCount;
+    if (code < 255) {
+      const float middle = (codebook[code] + codebook[code + 1]) * 0.5f;
+      const double guess = (static_cast<double>(middle) + 1.0) * 32767.5;
+      end = guess < 0 ? 0 : guess > kBinCount ? kBinCount : static_cast<int64_t>(guess);
+      while (end > 0 && value(end - 1) > middle) --end;
+      while (end < kBinCount && !(value(end) > middle)) ++end;
+    }
+    for (; first < end; ++first) bins[first] = static_cast<uint8_t>(code);
   }
 }
 

@@ -5,13 +5,15 @@
 namespace feinwerk {
 namespace {
 
-// The bin of s in [-1, 1] of 65,536; a true fused multiply-add, which double precision gives exactly.
-inline uint8_t code_by_bin(float s, const uint8_t* bins) {
-  if (s != s) return bins[0];
-  const float clamped = s < -1.0f ? -1.0f : s > 1.0f ? 1.0f : s;
+constexpr int64_t kPiece = 256;
+
+// The bin of s in [-1, 1] among 65,536; NaN counts as -1. The multiply-add is fused: double
+// precision holds the product exactly.
+inline int32_t bin_of(float s) {
+  const float above = s > -1.0f ? s : -1.0f;
+  const float clamped = above < 1.0f ? above : 1.0f;
   const float half = (clamped + 1.0f) * 0.5f;
-  const float bin = static_cast<float>(static_cast<double>(half) * 65535.0 + 0.5);
-  return bins[static_cast<int32_t>(bin)];
+  return static_cast<int32_t>(static_cast<float>(static_cast<double>(half) * 65535.0 + 0.5));
 }
 
 // How many midpoints of the codebook lie strictly below s: a tie takes the lower code.
@@ -35,11 +37,14 @@ void blockwise_quantize(const feinwerk_blockwise_quantize_args& args, float offs
     const int64_t first = block * args.blocksize;
     const int64_t last = min64(args.count, first + args.blocksize);
     const auto value = [&](int64_t i) { return args.center ? args.x[i] - offset : args.x[i]; };
-    float absmax = 0;
+    // Magnitudes as integers: a loop of maxima over them vectorizes. NaN counts as zero.
+    uint32_t most = 0;
     for (int64_t i = first; i < last; ++i) {
-      const float magnitude = float_of_bits(bits_of(value(i)) & 0x7fffffffu);
-      absmax = magnitude > absmax ? magnitude : absmax;  // false for NaN
+      const uint32_t bits = bits_of(value(i)) & 0x7fffffffu;
+      const uint32_t number = bits > 0x7f800000u ? 0 : bits;
+      most = number > most ? number : most;
     }
+    const float absmax = float_of_bits(most);
     args.absmax[block] = absmax;
     const float inverse = 1.0f / absmax;
     if (args.rule == FEINWERK_RULE_CUDA) {
@@ -48,8 +53,14 @@ void blockwise_quantize(const feinwerk_blockwise_quantize_args& args, float offs
     } else if (absmax == 0) {
       memset(args.codes + first, 0, static_cast<size_t>(last - first));
     } else {
-      for (int64_t i = first; i < last; ++i)
-        args.codes[i] = code_by_bin(value(i) * inverse, bins);
+      // Arithmetic apart from the look-ups, so that the compiler vectorizes it.
+      for (int64_t i = first; i < last; i += kPiece) {
+        const int64_t count = min64(kPiece, last - i);
+        int32_t bin[kPiece];
+        for (int64_t j = 0; j < count; ++j)
+          bin[j] = bin_of((args.center ? args.x[i + j] - offset : args.x[i + j]) * inverse);
+        for (int64_t j = 0; j < count; ++j) args.codes[i + j] = bins[bin[j]];
+      }
     }
   }
 }

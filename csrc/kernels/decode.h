@@ -64,6 +64,46 @@ inline float block_absmax(const feinwerk_nf4_weight& w, int64_t block) {
   return product + *w.nested_offset;
 }
 
+// Most weights have whole blocks of 64 wherever a kernel cuts them: then one scale serves 64
+// consecutive elements, and scales are read many at a time.
+constexpr int64_t kScaleBlock = 64;
+inline bool has_scale_blocks(const feinwerk_nf4_weight& w, int64_t cut) {
+  return cut % kScaleBlock == 0 && w.blocksize >= kScaleBlock;
+}
+
+// scales[i] = the scale of elements [64 (first + i), 64 (first + i + 1)).
+inline void read_scales(const feinwerk_nf4_weight& w, int64_t first, int64_t count, float* scales) {
+  const int shift = __builtin_ctzll(static_cast<unsigned long long>(w.blocksize / kScaleBlock));
+  if (shift != 0) {
+    for (int64_t i = 0; i < count; ++i) scales[i] = block_absmax(w, (first + i) >> shift);
+    return;
+  }
+  if (w.absmax) {
+    memcpy(scales, w.absmax + first, static_cast<size_t>(count) * 4);
+    return;
+  }
+  const F offset = set1(*w.nested_offset);
+  for (int64_t i = 0; i < count;) {
+    const int64_t nested = (first + i) / kNestedBlocksize;
+    const int64_t stop = min64(count, (nested + 1) * kNestedBlocksize - first);
+    const F absmax = set1(w.nested_absmax[nested]);
+    for (; i < stop; i += kWidth) {
+      uint8_t codes[kWidth] = {};
+      memcpy(codes, w.absmax_codes + first + i, static_cast<size_t>(min64(kWidth, stop - i)));
+      const F product = mul(gather_bytes(w.nested_codebook, codes), absmax);
+      write_part<Float32>(scales + i, stop - i, add(product, offset));
+    }
+    i = stop;
+  }
+}
+
+// Asks for the codes of elements [begin, end) ahead of their use: the product walks short pieces of
+// many rows, a pattern that hardware prefetchers do not follow.
+inline void prefetch_codes(const feinwerk_nf4_weight& w, int64_t begin, int64_t end) {
+  constexpr int64_t kLine = 64;
+  for (int64_t byte = begin / 2; byte < end / 2; byte += kLine) __builtin_prefetch(w.packed + byte);
+}
+
 // Codes of elements [e, e + count), e at any parity, count <= 32: a pointer into `packed`, or the
 // codes moved to byte boundaries in `buffer`. Never touches a byte that holds none of them.
 inline const uint8_t* codes_at(const uint8_t* packed, int64_t e, int64_t count, int64_t full,
@@ -115,13 +155,17 @@ template <class Dtype, class Address>
 inline void decode_panel_row(const feinwerk_nf4_weight& w, int64_t begin, int64_t end,
                              int64_t total, const Address& at) {
   int64_t i = 0;
-  if (begin % kWidth == 0 && (end - begin) % kWidth == 0) {
+  if (has_scale_blocks(w, begin | (end - begin))) {
     const Table16 codebook = table16(kNf4Codebook);
-    for_each_block(w, begin, end, [&](int64_t block, int64_t e, int64_t stop) {
-      const Table16 table = Dtype::round(scale(codebook, block_absmax(w, block)));
-      for (; e < stop; e += kWidth) store(at(e - begin), decode(table, w.packed + e / 2));
-    });
-    i = end - begin;
+    float scales[kMaxRow / kScaleBlock + kWidth];
+    read_scales(w, begin / kScaleBlock, (end - begin) / kScaleBlock, scales);
+    const uint8_t* packed = w.packed + begin / 2;
+    for (; i < end - begin; i += kScaleBlock) {
+      const Table16 table = Dtype::round(scale(codebook, scales[i / kScaleBlock]));
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kScaleBlock; j += kWidth)
+        store(at(i + j), decode(table, packed + (i + j) / 2));
+    }
   } else {
     float row[kMaxRow] = {};
     decode_floats<Dtype>(w, begin, end, row);
@@ -155,14 +199,23 @@ template <class Address>
 inline void decode_panel_row_bf16(const feinwerk_nf4_weight& w, int64_t begin, int64_t end,
                                   int64_t total, const Address& at) {
   int64_t i = 0;
-  if (begin % 32 == 0 && (end - begin) % 32 == 0) {
+  if (has_scale_blocks(w, begin | (end - begin))) {
     const Table16 codebook = table16(kNf4Codebook);
-    for_each_block(w, begin, end, [&](int64_t block, int64_t e, int64_t stop) {
-      const TableBf16 table = table_bf16_dot(scale(codebook, block_absmax(w, block)));
-      for (; e < stop; e += 32)
-        _mm512_storeu_si512(at(e - begin), decode32_bf16(table, w.packed + e / 2));
-    });
-    i = end - begin;
+    float scales[kMaxRow / kScaleBlock + kWidth];
+    const int64_t count = (end - begin) / kScaleBlock;
+    read_scales(w, begin / kScaleBlock, count, scales);
+    scales[count] = 0;
+    const uint8_t* packed = w.packed + begin / 2;
+    for (int64_t block = 0; block < count; block += 2) {
+      const I tables = table_bf16_pair(scale(codebook, scales[block]), scale(codebook, scales[block + 1]));
+      _mm512_storeu_si512(at(i), decode32_words<0>(tables, packed + i / 2));
+      _mm512_storeu_si512(at(i + 32), decode32_words<0>(tables, packed + i / 2 + 16));
+      i += kScaleBlock;
+      if (block + 1 == count) break;
+      _mm512_storeu_si512(at(i), decode32_words<1>(tables, packed + i / 2));
+      _mm512_storeu_si512(at(i + 32), decode32_words<1>(tables, packed + i / 2 + 16));
+      i += kScaleBlock;
+    }
   } else {
     uint16_t row[kMaxRow] = {};
     decode_bf16(w, begin, end, row);

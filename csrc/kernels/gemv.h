@@ -18,37 +18,9 @@ constexpr int64_t kGemvRows = 4;        // rows of x at once
 constexpr int64_t kGemvWeightRows = 4;  // rows of W at once
 constexpr int64_t kGemvUnit = 16;       // rows of W a unit
 constexpr int64_t kChunk = 8 * kWidth;
-constexpr int64_t kScaleBlock = 64;
 
-inline bool gemv_fits(const feinwerk_nf4_weight& w) {
-  return w.cols % kScaleBlock == 0 && w.blocksize >= kScaleBlock;
-}
+inline bool gemv_fits(const feinwerk_nf4_weight& w) { return has_scale_blocks(w, w.cols); }
 inline int64_t gemv_depth(const feinwerk_nf4_weight& w) { return round_up(w.cols, kChunk); }
-
-// One scale for every 64 elements of row n.
-inline void gemv_scales(const feinwerk_nf4_weight& w, int64_t n, float* scales) {
-  const int64_t per_row = w.cols / kScaleBlock, first = n * per_row;
-  const int shift = __builtin_ctzll(static_cast<unsigned long long>(w.blocksize / kScaleBlock));
-  if (w.absmax) {
-    for (int64_t i = 0; i < per_row; ++i) scales[i] = w.absmax[(first + i) >> shift];
-    return;
-  }
-  if (shift != 0) {
-    for (int64_t i = 0; i < per_row; ++i) scales[i] = block_absmax(w, (first + i) >> shift);
-    return;
-  }
-  const F offset = set1(*w.nested_offset);
-  int64_t i = 0;
-  while (i < per_row) {
-    const int64_t block = first + i, nested = block / kNestedBlocksize;
-    const int64_t stop = min64(per_row, (nested + 1) * kNestedBlocksize - first);
-    const F absmax = set1(w.nested_absmax[nested]);
-    for (; i + kWidth <= stop; i += kWidth)
-      store(scales + i,
-            add(mul(gather_bytes(w.nested_codebook, w.absmax_codes + first + i), absmax), offset));
-    for (; i < stop; ++i) scales[i] = block_absmax(w, first + i);
-  }
-}
 
 // Calls body(c, load) for every chunk of a row, where load(row) reads the chunk's codes. Only the
 // last chunk can be short: its missing codes read as zero, and meet activations that are zero.

@@ -99,8 +99,9 @@ VectorRows vector_rows(const feinwerk_nf4_weight& w, int64_t unit, uint8_t* scra
   rows.scales = reinterpret_cast<float*>(scratch);
   for (int64_t r = 0; r < rows.count; ++r) {
     float* scales = rows.scales + r * rows.stride;
-    gemv_scales(w, rows.n + r, scales);
-    for (int64_t i = w.cols / kScaleBlock; i < rows.stride; ++i) scales[i] = 0;
+    const int64_t per_row = w.cols / kScaleBlock;
+    read_scales(w, (rows.n + r) * per_row, per_row, scales);
+    for (int64_t i = per_row; i < rows.stride; ++i) scales[i] = 0;
   }
   return rows;
 }
@@ -244,6 +245,7 @@ void nf4_linear_pack(const Args& args, int64_t row, int64_t rows, int64_t unit, 
     using Dtype = decltype(dtype);
     const Depth<Engine> depth(cols);
     const int64_t m = unit * kWidth, c_stride = round_up(rows, kWidth);
+    if (m >= rows) return;  // the last chunk has fewer rows than the plan's
     const auto* x = static_cast<const typename Dtype::Element*>(args.x) + (row + m) * cols;
     for (int64_t block = 0; block < depth.blocks(); ++block) {
       const int64_t t = depth.begin(block), size = depth.size(block), k = t * Engine::kPair;

@@ -6,6 +6,7 @@ namespace feinwerk {
 namespace {
 
 constexpr uint32_t kInfinity = 0x7f800000u;
+constexpr uint32_t kSmallestNormal = 0x00800000u;
 constexpr int64_t kMaxBlocksize = 4096;
 
 template <class Dtype>
@@ -31,9 +32,15 @@ uint32_t largest_number(const typename Dtype::Element* x, int64_t count) {
 }
 
 template <class Dtype, bool cpu_rule>
-void encode(const typename Dtype::Element* x, int64_t count, float factor, uint8_t* packed) {
+void encode(const typename Dtype::Element* x, int64_t count, float factor, const CodeBins& bins,
+            bool ordinary, uint8_t* packed) {
   const float* thresholds = cpu_rule ? kNf4ThresholdsCpu : kNf4ThresholdsCuda;
   const F inverse = set1(factor);
+  if (ordinary) {
+    for (int64_t i = 0; i < count; i += kWidth)
+      store_codes(packed + i / 2, nf4_code_in_bins(mul(Dtype::read(x + i), inverse), bins));
+    return;
+  }
   for (int64_t i = 0; i < count; i += kWidth)
     store_codes(packed + i / 2, nf4_code<cpu_rule>(mul(Dtype::read(x + i), inverse), thresholds));
 }
@@ -53,6 +60,7 @@ template <class Dtype, bool cpu_rule>
 int quantize(const feinwerk_nf4_quantize_args& args, int64_t begin, int64_t end) {
   using Element = typename Dtype::Element;
   constexpr float kSmallest = 1e-38f;  // bitsandbytes' clamp: the reciprocal stays finite
+  const CodeBins bins = code_bins(cpu_rule ? kNf4ThresholdsCpu : kNf4ThresholdsCuda);
   int finite = 1;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * args.blocksize;
@@ -71,6 +79,7 @@ int quantize(const feinwerk_nf4_quantize_args& args, int64_t begin, int64_t end)
     const int64_t whole = tail ? round_up(count, 32) : count;
     const uint32_t bits = largest_magnitude<Dtype>(x, whole);
     finite &= bits < kInfinity;
+    const bool ordinary = bits >= kSmallestNormal && bits < kInfinity;  // x / absmax is in [-1, 1]
     if (cpu_rule) {
       float absmax = bits > kInfinity ? float_of_bits(0x7fc00000u) : float_of_bits(bits);
       const float clamped = absmax < kSmallest ? kSmallest : absmax;
@@ -79,11 +88,11 @@ int quantize(const feinwerk_nf4_quantize_args& args, int64_t begin, int64_t end)
       if (tail)
         encode_cpu_tail<Dtype>(x, whole, clamped, packed);
       else
-        encode<Dtype, true>(x, whole, 1.0f / clamped, packed);
+        encode<Dtype, true>(x, whole, 1.0f / clamped, bins, ordinary, packed);
     } else {
       const float absmax = float_of_bits(bits > kInfinity ? largest_number<Dtype>(x, whole) : bits);
       args.absmax[block] = absmax;
-      encode<Dtype, false>(x, whole, 1.0f / absmax, packed);
+      encode<Dtype, false>(x, whole, 1.0f / absmax, bins, ordinary, packed);
     }
     if (tail) {
       if (cpu_rule && count % 2 == 1)

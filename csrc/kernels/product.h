@@ -298,6 +298,7 @@ inline void decode_rows(Engine, const feinwerk_nf4_weight& w, int64_t n, int64_t
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = (n + r) * w.cols;
     const auto at = [&](int64_t i) { return a + Engine::a_offset(r, i / Engine::kPair); };
+    prefetch_codes(w, row + end, row + min64(w.cols, end + total));
     if constexpr (Engine::kPair == 1)
       decode_panel_row<Dtype>(w, row + k, row + end, total, at);
     else
@@ -308,6 +309,12 @@ inline void decode_rows(Engine, const feinwerk_nf4_weight& w, int64_t n, int64_t
       store(reinterpret_cast<float*>(a + Engine::a_offset(r, u)), zero());
 }
 
+constexpr int64_t kRowsAhead = 16;  // rows between asking for codes and decoding them
+
+inline void prefetch_row(const feinwerk_nf4_weight& w, int64_t row, int64_t k, int64_t end) {
+  if (row < w.rows) prefetch_codes(w, row * w.cols + k, row * w.cols + end);
+}
+
 // B from rows of W: lanes are `lanes` columns from k on, the contraction runs over rows n + t.
 template <class Dtype>
 inline void decode_lanes(Fp32Engine, const feinwerk_nf4_weight& w, int64_t n, int64_t depth,
@@ -315,6 +322,7 @@ inline void decode_lanes(Fp32Engine, const feinwerk_nf4_weight& w, int64_t n, in
   const int64_t end = min64(w.cols, k + lanes);
   for (int64_t t = 0; t < depth; ++t) {
     const auto at = [&](int64_t i) { return b + i * depth + t * kWidth; };
+    prefetch_row(w, n + t + kRowsAhead, k, end);
     if (n + t < w.rows)
       decode_panel_row<Dtype>(w, (n + t) * w.cols + k, (n + t) * w.cols + end, lanes, at);
     else
@@ -336,6 +344,7 @@ inline void decode_lanes(PairEngine, const feinwerk_nf4_weight& w, int64_t n, in
     alignas(64) uint16_t rows[2][kMaxRow];
     for (int64_t p = 0; p < 2; ++p) {
       const int64_t row = n + 2 * t + p;
+      prefetch_row(w, row + kRowsAhead, k, end);
       const auto at = [&](int64_t i) { return rows[p] + i; };
       if (row < w.rows)
         decode_panel_row_bf16(w, row * w.cols + k, row * w.cols + end, lanes, at);

@@ -88,16 +88,20 @@ using TableBf16 = __m512i;
 inline TableBf16 table_bf16(Table16 t) {
   return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(bf16_bits(t)));
 }
-// 32 elements in natural order from 16 packed bytes: byte w / 2 goes to word w.
+// The codes of 32 elements, one a word in natural order: byte w / 2 goes to word w. Bits above the
+// low four are arbitrary.
+inline I words32(const uint8_t* p) {
+  alignas(64) static constexpr uint16_t kByte[32] = {
+      0x8000, 0x8000, 0x8001, 0x8001, 0x8002, 0x8002, 0x8003, 0x8003, 0x8004, 0x8004, 0x8005,
+      0x8005, 0x8006, 0x8006, 0x8007, 0x8007, 0x8008, 0x8008, 0x8009, 0x8009, 0x800a, 0x800a,
+      0x800b, 0x800b, 0x800c, 0x800c, 0x800d, 0x800d, 0x800e, 0x800e, 0x800f, 0x800f};
+  const I codes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const I words = _mm512_shuffle_epi8(codes, _mm512_load_si512(kByte));
+  return _mm512_srlv_epi16(words, _mm512_set1_epi32(4));
+}
+// 32 elements from 16 packed bytes.
 inline I decode32_bf16(TableBf16 t, const uint8_t* p) {
-  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const I pick = _mm512_set_epi64(
-      static_cast<long long>(0x800f800f800e800e), static_cast<long long>(0x800d800d800c800c),
-      static_cast<long long>(0x800b800b800a800a), static_cast<long long>(0x8009800980088008),
-      static_cast<long long>(0x8007800780068006), static_cast<long long>(0x8005800580048004),
-      static_cast<long long>(0x8003800380028002), static_cast<long long>(0x8001800180008000));
-  const I words = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), pick);
-  return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, _mm512_set1_epi32(4)), t);
+  return _mm512_permutexvar_epi16(words32(p), t);
 }
 
 // Binary search over the sorted thresholds: in every step lane i compares with the middle of what
@@ -118,6 +122,33 @@ inline I nf4_code(F x, const float* thresholds) {
   code = _mm512_mask_or_epi32(code, m, code, _mm512_set1_epi32(2));
   m = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(code, table), kExceeds);
   return _mm512_mask_or_epi32(code, m, code, _mm512_set1_epi32(1));
+}
+
+// The same for |x| <= 1 + 2^-20 and thresholds that part NF4's codes, in half the steps: of 32 equal
+// bins of [-1, 1] none holds two thresholds, so one comparison with the bin's own decides.
+struct CodeBins {
+  F threshold_low, threshold_high;
+  I code_low, code_high;
+};
+inline CodeBins code_bins(const float* thresholds) {
+  float threshold[32];
+  int32_t code[32];
+  int t = 0;
+  for (int bin = 0; bin < 32; ++bin) {
+    code[bin] = t;
+    threshold[bin] = thresholds[t];
+    const float end = static_cast<float>(bin + 1) / 15.99f - 1.0f;
+    if (t < 15 && thresholds[t] < end) ++t;
+  }
+  return {load(threshold), load(threshold + 16), _mm512_loadu_si512(code),
+          _mm512_loadu_si512(code + 16)};
+}
+inline I nf4_code_in_bins(F x, const CodeBins& bins) {
+  const I bin = _mm512_cvttps_epi32(fma(x, set1(15.99f), set1(15.99f)));
+  const F threshold = _mm512_permutex2var_ps(bins.threshold_low, bin, bins.threshold_high);
+  const I code = _mm512_permutex2var_epi32(bins.code_low, bin, bins.code_high);
+  const __mmask16 above = _mm512_cmp_ps_mask(x, threshold, _CMP_GT_OQ);
+  return _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
 }
 inline void store_codes(uint8_t* p, I codes) {
   const __m128i bytes = _mm512_cvtepi32_epi8(codes);
@@ -196,13 +227,16 @@ inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 inline F dot_bf16(F acc, I a, I b) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
-// table_bf16 by the hardware's conversion, which flushes subnormals as its dot product does.
-inline TableBf16 table_bf16_dot(Table16 t) {
-  return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(t)));
-}
 // Two tables in one register: lanes 0-15 for words 0-15 of the codes, 16-31 for words 16-31.
 inline I table_bf16_pair(Table16 first, Table16 second) {
   return reinterpret_cast<I>(_mm512_cvtne2ps_pbh(second, first));
+}
+// 32 elements from 16 packed bytes, all by the first table (which = 0) or all by the second.
+template <int which>
+inline I decode32_words(I tables, const uint8_t* p) {
+  const I half = _mm512_set1_epi16(16 * which);
+  const I index = _mm512_ternarylogic_epi32(words32(p), _mm512_set1_epi16(15), half, 0xea);
+  return _mm512_permutexvar_epi16(index, tables);
 }
 // Nibble j of every word of codes, looked up in the half of the table its position belongs to.
 template <int j>

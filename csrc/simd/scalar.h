@@ -121,6 +121,9 @@ inline I nf4_code(F x, const float* thresholds) {
     return code;
   });
 }
+using CodeBins = const float*;
+inline CodeBins code_bins(const float* thresholds) { return thresholds; }
+inline I nf4_code_in_bins(F x, CodeBins thresholds) { return nf4_code<false>(x, thresholds); }
 inline void store_codes(uint8_t* p, I codes) {
   for (int i = 0; i < kWidth; i += 2)
     p[i / 2] = static_cast<uint8_t>(codes.v[i] << 4 | codes.v[i + 1]);

@@ -11,6 +11,7 @@
 //   decode_nibble<j>(table, v) lane i: the element at bits [4j, 4j+4) of dword i
 //   spread8(p, c)              lane i: p[(c * kWidth + i) / 8], one value per 64 codes
 //   nf4_code<nan_high>(x, thresholds)  how many thresholds x exceeds; NaN gives 15 or 0
+//   code_bins(thresholds) nf4_code_in_bins(x, bins)    the same for finite x in [-1, 1]
 //   store_codes(p, codes)      packs kWidth codes into kWidth / 2 bytes
 //   transpose(rows)            a kWidth x kWidth matrix of dwords in place
 //   gather_bytes(table, codes) lane i: table[codes[i]], 256 floats
