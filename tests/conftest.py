@@ -24,6 +24,10 @@ hypothesis.settings.register_profile("ci", max_examples=20, **_COMMON)
 hypothesis.settings.register_profile("full", max_examples=300, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# Small tensors on a busy machine: waking a second thread costs more than the work. The tests that
+# are about threads set their own number.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(params=testing.backend_ids())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -32,13 +36,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Run with one torch thread, where torch's own sums have one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Start every test with one torch thread, where torch's own sums have one order."""
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

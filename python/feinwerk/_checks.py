@@ -83,9 +83,7 @@ def last_dim(op: str, name: str, value: torch.Tensor, size: int, letter: str) ->
     if not 1 <= value.dim() <= 4:
         reject(ValueError, op, name, "have 1 to 4 dimensions", value.dim())
     if value.shape[-1] != size:
-        reject(
-            ValueError, op, name, f"have last dimension {letter} = {size}", tuple(value.shape)
-        )
+        reject(ValueError, op, name, f"have last dimension {letter} = {size}", tuple(value.shape))
 
 
 def nf4_weight(
@@ -136,6 +134,10 @@ def nf4_weight(
     buffer(op, "nested_codebook", nested_codebook, torch.float32, 256, device)
     if nested_offset.dim() != 0:
         reject(
-            ValueError, op, "nested_offset", "be a 0-dim tensor", f"{nested_offset.dim()} dimensions"
+            ValueError,
+            op,
+            "nested_offset",
+            "be a 0-dim tensor",
+            f"{nested_offset.dim()} dimensions",
         )
     buffer(op, "nested_offset", nested_offset, torch.float32, 1, device)

@@ -42,9 +42,7 @@ _NF4_THRESHOLD_BITS = {
     "3df64863 3e5067e0 3e9582d4 3ec753f9 3f006d03 3f248daf 3f5c89d9",
 }
 NF4_THRESHOLDS = {
-    rule: tuple(
-        float(np.uint32(int(bits, 16)).view(np.float32)) for bits in text.split()
-    )
+    rule: tuple(float(np.uint32(int(bits, 16)).view(np.float32)) for bits in text.split())
     for rule, text in _NF4_THRESHOLD_BITS.items()
 }
 

@@ -5,6 +5,7 @@ The budget of docs/numerics.md lives here and nowhere else: no test has a tolera
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ def use_backend(name: str) -> Iterator[str]:
             _native.force_isa(None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WeightCase:
     """An NF4 weight as the ops take it, with its exact fp32 values beside it."""
 
@@ -105,6 +106,7 @@ class WeightCase:
 
         return nf4_linear(x, self.packed, self.absmax, bias, *self.nested, **self.sizes, **kwargs)
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019 (identity hash; 64 cases at most are kept)
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return W~ from the reference: the exact product, rounded once to dtype."""
         with use_backend("reference"):
@@ -125,10 +127,11 @@ class WeightCase:
         return flat[: self.N * self.K].view(self.N, self.K)
 
 
+@functools.lru_cache(maxsize=64)
 def make_weight(
     N: int, K: int, *, blocksize: int = 64, double_quant: bool = False, seed: int = 0
 ) -> WeightCase:
-    """Return a random NF4 weight, the same bytes on every backend.
+    """Return a random NF4 weight, the same bytes on every backend; shared, not to be changed.
 
     Args:
         N: rows.

@@ -34,9 +34,7 @@ def element_by_element(weight: testing.WeightCase) -> torch.Tensor:
     absmax = weight.absmax.tolist()
     if weight.nested[0] is not None:
         scales, codebook, offset = (t.tolist() for t in weight.nested)
-        absmax = [
-            fp32(fp32(codebook[q] * scales[i // 256]) + offset) for i, q in enumerate(absmax)
-        ]
+        absmax = [fp32(fp32(codebook[q] * scales[i // 256]) + offset) for i, q in enumerate(absmax)]
     values = []
     for e in range(weight.N * weight.K):
         byte = int(weight.packed[e // 2])
@@ -81,7 +79,7 @@ def test_every_code_with_extreme_scales(backend: str, dtype: torch.dtype) -> Non
 def test_equal_to_bitsandbytes(backend: str, dtype: torch.dtype) -> None:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    for shape in ((64, 128), (33, 64), (256, 65)):  # K where bitsandbytes' own kernel is right
+    for shape in ((64, 128), (33, 64)):  # K where bitsandbytes' own kernel is right, and quick
         dense = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         packed, state = quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
         got = nf4_dequantize(
@@ -122,13 +120,9 @@ def test_shapes_of_any_rank(backend: str) -> None:
 
 def test_same_bits_for_any_thread_count(backend: str) -> None:
     weight = make_weight(300, 200, double_quant=True)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            assert_same_bits(dequantize(weight, torch.bfloat16), weight.dense(torch.bfloat16))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert_same_bits(dequantize(weight, torch.bfloat16), weight.dense(torch.bfloat16))
 
 
 def test_opcheck(backend: str) -> None:

@@ -91,9 +91,7 @@ def test_opcheck(backend: str) -> None:
 def test_compile_fullgraph(backend: str) -> None:
     torch._dynamo.reset()
     weight = make_weight(6, 33, double_quant=True)
-    compiled = torch.compile(
-        lambda i: embed(weight, i).relu(), fullgraph=True, backend="aot_eager"
-    )
+    compiled = torch.compile(lambda i: embed(weight, i).relu(), fullgraph=True, backend="aot_eager")
     indices = torch.tensor([1, 5, 0])
     assert_same_bits(compiled(indices), embed(weight, indices).relu())
 

@@ -90,22 +90,18 @@ def test_packed_of_any_shape(backend: str) -> None:
 
 
 def test_same_bits_for_any_thread_count_and_grad_mode(backend: str) -> None:
-    before = torch.get_num_threads()
-    try:
-        for dtype in testing.DTYPES:
-            for rows in (1, 5, 64):
-                weight = make_weight(200, 256, double_quant=True)
-                x = make_x((rows, 256), dtype)
-                results = []
-                for threads in (1, 2, 3):
-                    torch.set_num_threads(threads)
-                    results.append(weight.linear(x))
-                results.append(weight.linear(x.clone().requires_grad_()).detach())
-                if backend != "reference":  # the reference's matmul is torch's
-                    for result in results[1:]:
-                        assert_same_bits(result, results[0])
-    finally:
-        torch.set_num_threads(before)
+    for dtype in testing.DTYPES:
+        for rows in (1, 5, 64):
+            weight = make_weight(200, 256, double_quant=True)
+            x = make_x((rows, 256), dtype)
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(weight.linear(x))
+            results.append(weight.linear(x.clone().requires_grad_()).detach())
+            if backend != "reference":  # the reference's matmul is torch's
+                for result in results[1:]:
+                    assert_same_bits(result, results[0])
 
 
 def test_rows_do_not_depend_on_poisoned_neighbours(backend: str) -> None:

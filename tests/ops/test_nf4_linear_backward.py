@@ -16,9 +16,7 @@ OP = torch.ops.feinwerk.nf4_linear_backward.default
 
 
 def grad_x(weight: testing.WeightCase, grad_y: torch.Tensor) -> torch.Tensor:
-    return nf4_linear_backward(
-        grad_y, weight.packed, weight.absmax, *weight.nested, **weight.sizes
-    )
+    return nf4_linear_backward(grad_y, weight.packed, weight.absmax, *weight.nested, **weight.sizes)
 
 
 def check(weight: testing.WeightCase, rows: int, dtype: torch.dtype) -> None:
@@ -89,20 +87,16 @@ def test_expanded_and_strided_gradients(backend: str) -> None:
 def test_same_bits_for_any_thread_count(backend: str) -> None:
     if backend == "reference":
         return  # its matmul is torch's
-    before = torch.get_num_threads()
-    try:
-        for dtype in testing.DTYPES:
-            for rows in (1, 5, 64):
-                weight = make_weight(200, 256, double_quant=True)
-                grad_y = make_x((rows, 200), dtype)
-                results = []
-                for threads in (1, 2, 3):
-                    torch.set_num_threads(threads)
-                    results.append(grad_x(weight, grad_y))
-                for result in results[1:]:
-                    assert_same_bits(result, results[0])
-    finally:
-        torch.set_num_threads(before)
+    for dtype in testing.DTYPES:
+        for rows in (1, 5, 64):
+            weight = make_weight(200, 256, double_quant=True)
+            grad_y = make_x((rows, 200), dtype)
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                results.append(grad_x(weight, grad_y))
+            for result in results[1:]:
+                assert_same_bits(result, results[0])
 
 
 @given(

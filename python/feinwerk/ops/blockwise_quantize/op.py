@@ -104,7 +104,5 @@ def blockwise_quantize(
     """
     _checks.tensor("blockwise_quantize", "x", x)
     _checks.tensor("blockwise_quantize", "codebook", codebook)
-    codes, absmax, offset = _OP(
-        x.detach(), codebook, blocksize=blocksize, center=center, rule=rule
-    )
+    codes, absmax, offset = _OP(x.detach(), codebook, blocksize=blocksize, center=center, rule=rule)
     return codes, absmax, offset

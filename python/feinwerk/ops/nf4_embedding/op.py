@@ -24,9 +24,7 @@ def _check(
 ) -> None:
     op = "nf4_embedding"
     if indices.dtype not in (torch.int64, torch.int32):
-        _checks.reject(
-            TypeError, op, "indices", "be torch.int64 or torch.int32", indices.dtype
-        )
+        _checks.reject(TypeError, op, "indices", "be torch.int64 or torch.int32", indices.dtype)
     _checks.positive(op, "N", N)
     _checks.positive(op, "K", K)
     _checks.out_dtype(op, dtype)

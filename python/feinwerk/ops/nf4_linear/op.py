@@ -145,9 +145,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(packed, absmax, nested_absmax, nested_codebook, nested_offset)
         ctx.sizes = (N, K, blocksize)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        y: torch.Tensor = _OP(
-            x, *args[:6], N=N, K=K, blocksize=blocksize, compute=compute
-        )
+        y: torch.Tensor = _OP(x, *args[:6], N=N, K=K, blocksize=blocksize, compute=compute)
         return y
 
     @staticmethod
@@ -223,9 +221,7 @@ def nf4_linear(
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    if torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y: torch.Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
             x,
             packed,
