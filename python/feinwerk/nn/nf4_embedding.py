@@ -170,8 +170,9 @@ class NF4Embedding(NF4Module, nn.Embedding):
 
     def with_dense_weight(self, weight: nn.Parameter) -> nn.Embedding:
         """Return a torch.nn.Embedding like this one, but with the given dense table [N, K]."""
+        # `_weight` keeps the constructor from drawing random numbers that nobody needs.
         dense = nn.Embedding(
-            self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta"
+            self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=weight
         )
         dense.weight = weight
         return dense.train(self.training)

@@ -183,7 +183,10 @@ class NF4Linear(NF4Module, nn.Linear):
 
     def with_dense_weight(self, weight: nn.Parameter) -> nn.Linear:
         """Return a torch.nn.Linear like this one, but with the given dense weight [N, K]."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        # nn.Linear's constructor would draw random numbers that nobody needs.
+        linear = nn.Linear.__new__(nn.Linear)
+        nn.Module.__init__(linear)
+        linear.in_features, linear.out_features = self.in_features, self.out_features
         linear.weight = weight
         linear.bias = self.bias  # type: ignore[assignment]
         return linear.train(self.training)
