@@ -53,6 +53,16 @@ def test_unknown_isa_is_an_error(folder: Path) -> None:
     assert re.search(r"must be one of scalar.*got sse9", result.stderr)
 
 
+def test_every_word_of_every_isa(folder: Path) -> None:
+    isas = cbuild.run(folder / "test_abi", "--isas").stdout.split()
+    assert isas[0] == "scalar"
+    for isa in isas:
+        result = cbuild.run(folder / f"test_simd_words_{isa}")
+        assert result.returncode == 0, f"{isa}: {result.stdout}{result.stderr}"
+        assert f"{isa}: " in result.stdout
+        assert "checks passed" in result.stdout
+
+
 def object_symbols(path: Path) -> list[tuple[str, str]]:
     """(type, name) of every symbol of an object file."""
     nm = shutil.which("nm")

@@ -64,6 +64,12 @@ def test_arm_values(arm_folder: Path) -> None:
     check(cbuild.run(emulator("aarch64"), "-cpu", "max", arm_folder / "test_abi"), "checks passed")
 
 
+@pytest.mark.parametrize("isa", ["scalar", "neon"])
+def test_arm_words(arm_folder: Path, isa: str) -> None:
+    program = arm_folder / f"test_simd_words_{isa}"
+    check(cbuild.run(emulator("aarch64"), "-cpu", "max", program), f"{isa}: ")
+
+
 @pytest.mark.full
 def test_arm_fuzz(arm_folder: Path) -> None:
     check(cbuild.run(emulator("aarch64"), "-cpu", "max", arm_folder / "fuzz", 60), "cases passed")

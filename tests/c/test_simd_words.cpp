@@ -1,0 +1,444 @@
+// Checks every word of the vocabulary of one instruction set, bit by bit, against
+// csrc/simd/scalar.h.
+//
+//   test_simd_words_<isa>          codes and bytes exhaustively, roundings at everything near a tie
+//   test_simd_words_<isa> --full   roundings of all 2^32 floats
+//
+// Exits with 77 where the CPU lacks the instruction set.
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <initializer_list>
+
+#include "core/codebook.h"
+#include "feinwerk/feinwerk.h"
+
+namespace meaning {
+#include "simd/scalar.h"
+}  // namespace meaning
+// Once more for the instruction set under test, in a namespace of its own.
+#undef FEINWERK_SIMD_SCALAR_H_
+#undef FEINWERK_SIMD_CONVERT_H_
+#include "simd/simd.h"
+
+namespace {
+
+namespace fw = feinwerk;
+namespace ref = meaning::feinwerk;
+
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+constexpr char kIsa[] = TEXT(FEINWERK_ISA_NAME);
+constexpr int kWidth = fw::kWidth;
+constexpr int kGroup = ref::kWidth;  // the meaning comes in groups of 4 lanes
+static_assert(kWidth % kGroup == 0, "the lanes are whole groups");
+
+int64_t checks = 0, failures = 0;
+
+void same(const char* word, const void* got, const void* want, size_t bytes, uint32_t input) {
+  ++checks;
+  if (memcmp(got, want, bytes) == 0 || ++failures > 20) return;
+  const auto *a = static_cast<const uint8_t*>(got), *b = static_cast<const uint8_t*>(want);
+  size_t i = 0;
+  while (a[i] == b[i]) ++i;
+  printf("FAILED %s on %s near %08x: byte %d is %02x, want %02x\n", word, kIsa, input,
+         static_cast<int>(i), a[i], b[i]);
+}
+
+// Which NaN an arithmetic word gives is open; that it gives one is not.
+void same_numbers(const char* word, fw::F got, const float* want, uint32_t input) {
+  float a[kWidth], b[kWidth];
+  fw::store(a, got);
+  for (int i = 0; i < kWidth; ++i) {
+    if (isnan(a[i])) a[i] = NAN;
+    b[i] = isnan(want[i]) ? NAN : want[i];
+  }
+  same(word, a, b, sizeof(a), input);
+}
+void same_bits(const char* word, fw::F got, const float* want, uint32_t input) {
+  float a[kWidth];
+  fw::store(a, got);
+  same(word, a, want, sizeof(a), input);
+}
+void same_bits(const char* word, fw::I got, const int32_t* want, uint32_t input) {
+  int32_t a[kWidth];
+  memcpy(a, &got, sizeof(a));
+  same(word, a, want, sizeof(a), input);
+}
+
+uint64_t state = 1;
+uint32_t random_bits() {
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<uint32_t>(state >> 32);
+}
+float random_float() { return static_cast<float>(random_bits()) * 0x1p-31f - 1.0f; }
+int8_t random_quant() {  // -127 .. 127, the ends often
+  const uint32_t bits = random_bits();
+  if (bits % 4 == 0) return static_cast<int8_t>(bits & 16 ? 127 : -127);
+  return static_cast<int8_t>(static_cast<int32_t>((bits >> 8) % 255) - 127);
+}
+
+// Zeros, subnormals, ends of ranges, infinities, quiet and signalling NaNs, ordinary numbers.
+constexpr uint32_t kSpecial[] = {
+    0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007fffff, 0x00800000, 0x807fffff, 0x00012345,
+    0x33000000, 0x33000001, 0x387fffff, 0x38800000, 0x477fefff, 0x477ff000, 0x7f7fffff, 0xff7fffff,
+    0x7f800000, 0xff800000, 0x7f800001, 0xff800001, 0x7fc00000, 0xffc00000, 0x7fffffff, 0xffffffff,
+    0x3f800000, 0xbf800000, 0x3f7fffff, 0x3f000000, 0x40490fdb, 0xc2f6e979, 0x7e967699, 0x00800001,
+};
+constexpr int kSpecials = static_cast<int>(sizeof(kSpecial) / sizeof(kSpecial[0]));
+float special(int i) { return ref::float_of_bits(kSpecial[i % kSpecials]); }
+
+// One rounding of each kind, of kWidth floats at a time.
+void check_roundings(const uint32_t* bits) {
+  float x[kWidth];
+  memcpy(x, bits, sizeof(x));
+  uint16_t got[kWidth], want[kWidth];
+  fw::store_bf16(got, fw::load(x));
+  for (int i = 0; i < kWidth; i += kGroup) ref::store_bf16(want + i, ref::load(x + i));
+  same("store_bf16", got, want, sizeof(got), bits[0]);
+  fw::store_f16(got, fw::load(x));
+  for (int i = 0; i < kWidth; i += kGroup) ref::store_f16(want + i, ref::load(x + i));
+  same("store_f16", got, want, sizeof(got), bits[0]);
+}
+
+uint32_t waiting[kWidth];
+int waiting_count = 0;
+void rounding(uint32_t bits) {
+  waiting[waiting_count++] = bits;
+  if (waiting_count < kWidth) return;
+  check_roundings(waiting);
+  waiting_count = 0;
+}
+
+void test_roundings(bool full) {
+  if (full) {
+    for (uint64_t u = 0; u < uint64_t{1} << 32; ++u) rounding(static_cast<uint32_t>(u));
+    return;
+  }
+  // A rounding sees the bits it keeps, the first it drops, and whether any other is set.
+  for (uint32_t kept = 0; kept < 1u << 16; ++kept)
+    for (uint32_t dropped : {0u, 1u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu})
+      rounding(kept << 16 | dropped);
+  for (uint32_t kept = 0; kept < 1u << 19; ++kept)
+    for (uint32_t dropped : {0u, 1u, 0xfffu, 0x1000u, 0x1001u, 0x1fffu})
+      rounding(kept << 13 | dropped);
+  // Every number of fp16's subnormal range and every tie between two of them, and beside both.
+  for (uint32_t half = 0; half <= 2 * 1024; ++half) {
+    const uint32_t exact = ref::bits_of(static_cast<float>(half) * 0x1p-25f);
+    for (uint32_t bits : {exact, exact + 1, half ? exact - 1 : exact}) {
+      rounding(bits);
+      rounding(bits | 0x80000000u);
+    }
+  }
+  for (int i = 0; i < 1 << 20; ++i) rounding(random_bits());
+}
+
+void test_16_bit_loads() {
+  for (uint32_t first = 0; first < 1u << 16; first += kWidth) {
+    uint16_t half[kWidth];
+    float want[kWidth], got[kWidth];
+    for (int i = 0; i < kWidth; ++i)
+      half[i] = static_cast<uint16_t>(first + static_cast<uint32_t>(i));
+    for (int i = 0; i < kWidth; i += kGroup) ref::store(want + i, ref::load_bf16(half + i));
+    same_bits("load_bf16", fw::load_bf16(half), want, first);
+    for (int i = 0; i < kWidth; i += kGroup) ref::store(want + i, ref::load_f16(half + i));
+    fw::store(got, fw::load_f16(half));
+    // Hardware makes a signalling NaN quiet, which changes nothing that is computed from it.
+    for (int i = 0; i < kWidth; ++i)
+      for (float* x : {got + i, want + i})
+        if (isnan(*x)) *x = ref::float_of_bits(ref::bits_of(*x) | 0x400000u);
+    same("load_f16", got, want, sizeof(got), first);
+  }
+}
+
+void test_arithmetic() {
+  constexpr bool is_scalar = sizeof(kIsa) == 7;  // "scalar" rounds fma twice
+  const auto check = [](const float* a, const float* b, const float* c) {
+    float sum[kWidth], product[kWidth], fused[kWidth], spread[kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      sum[i] = a[i] + b[i];
+      product[i] = a[i] * b[i];
+      fused[i] = is_scalar ? product[i] + c[i] : fmaf(a[i], b[i], c[i]);
+      spread[i] = a[0];
+    }
+    const uint32_t input = ref::bits_of(a[0]);
+    const fw::F va = fw::load(a), vb = fw::load(b);
+    same_bits("load", va, a, input);
+    same_numbers("set1", fw::set1(a[0]), spread, input);
+    same_numbers("add", fw::add(va, vb), sum, input);
+    same_numbers("mul", fw::mul(va, vb), product, input);
+    same_numbers("fma", fw::fma(va, vb, fw::load(c)), fused, input);
+  };
+  float a[kWidth], b[kWidth], c[kWidth];
+  for (int i = 0; i < kSpecials; ++i)
+    for (int j = 0; j < kSpecials; ++j)
+      for (int k = 0; k < kSpecials; ++k) {
+        for (int l = 0; l < kWidth; ++l) {
+          a[l] = special(i + l);
+          b[l] = special(j + 3 * l);
+          c[l] = special(k + 7 * l);
+        }
+        check(a, b, c);
+      }
+  for (int n = 0; n < 1 << 16; ++n) {
+    for (int l = 0; l < kWidth; ++l) {
+      a[l] = random_float();
+      b[l] = n % 2 ? random_float() : ref::float_of_bits(random_bits());
+      c[l] = n % 3 ? -a[l] * b[l] : random_float();  // cancels: one rounding shows
+    }
+    check(a, b, c);
+    int32_t whole[kWidth];
+    float want[kWidth];
+    for (int l = 0; l < kWidth; ++l) {
+      whole[l] = static_cast<int32_t>(random_bits()) >> (n % 32);
+      want[l] = static_cast<float>(whole[l]);
+    }
+    same_bits("load_dwords", fw::load_dwords(whole), whole, 0);
+    same_bits("to_float", fw::to_float(fw::load_dwords(whole)), want, 0);
+    float tree[kWidth];
+    memcpy(tree, a, sizeof(tree));
+    for (int half = kWidth / 2; half > 0; half /= 2)
+      for (int l = 0; l < half; ++l) tree[l] += tree[l + half];
+    const float sum = fw::reduce_add(fw::load(a));
+    same("reduce_add", &sum, tree, 4, ref::bits_of(a[0]));
+  }
+  const float zeros[kWidth] = {};
+  same_bits("zero", fw::zero(), zeros, 0);
+}
+
+void test_magnitudes() {
+  for (int n = 0; n < 1 << 14; ++n) {
+    float x[kWidth], y[kWidth];
+    int32_t bits[kWidth], most[kWidth], top = 0;
+    for (int i = 0; i < kWidth; ++i) {
+      x[i] = n % 2 ? special(static_cast<int>(random_bits() % kSpecials)) : random_float();
+      y[i] = n % 3 ? special(n + i) : ref::float_of_bits(random_bits());
+      bits[i] = static_cast<int32_t>(ref::bits_of(x[i]) & 0x7fffffffu);
+      const auto other = static_cast<int32_t>(ref::bits_of(y[i]) & 0x7fffffffu);
+      most[i] = bits[i] > other ? bits[i] : other;
+      top = most[i] > top ? most[i] : top;
+    }
+    same_bits("abs_bits", fw::abs_bits(fw::load(x)), bits, 0);
+    const fw::I both = fw::max_bits(fw::abs_bits(fw::load(x)), fw::abs_bits(fw::load(y)));
+    same_bits("max_bits", both, most, 0);
+    const uint32_t reduced = fw::reduce_max_bits(both);
+    same("reduce_max_bits", &reduced, &top, 4, 0);
+  }
+}
+
+template <int j>
+void check_nibble(fw::Table16 table, const float* values, const uint32_t* dwords) {
+  float want[kWidth];
+  for (int i = 0; i < kWidth; ++i) want[i] = values[dwords[i] >> (4 * j) & 15];
+  same_bits("decode_nibble", fw::decode_nibble<j>(table, fw::load_dwords(dwords)), want, dwords[0]);
+}
+
+// Every byte at every place, and with random neighbours.
+void check_table(const char* word, fw::Table16 table, const float* values) {
+  for (uint32_t byte = 0; byte < 256; ++byte)
+    for (int at = 0; at < kWidth / 2; ++at) {
+      uint8_t packed[kWidth / 2];
+      for (uint8_t& p : packed) p = static_cast<uint8_t>(random_bits() >> 24);
+      packed[at] = static_cast<uint8_t>(byte);
+      ref::Table16 meant;
+      memcpy(meant.v, values, sizeof(meant.v));
+      float want[kWidth];
+      for (int i = 0; i < kWidth; i += kGroup)
+        ref::store(want + i, ref::decode(meant, packed + i / 2));
+      same_bits(word, fw::decode(table, packed), want, byte);
+    }
+  for (uint32_t byte = 0; byte < 256; ++byte)
+    for (int at = 0; at < kWidth; ++at) {
+      uint32_t dwords[kWidth];
+      for (uint32_t& d : dwords) d = random_bits();
+      dwords[at] = byte * 0x01010101u;
+      check_nibble<0>(table, values, dwords);
+      check_nibble<1>(table, values, dwords);
+      check_nibble<2>(table, values, dwords);
+      check_nibble<3>(table, values, dwords);
+      check_nibble<4>(table, values, dwords);
+      check_nibble<5>(table, values, dwords);
+      check_nibble<6>(table, values, dwords);
+      check_nibble<7>(table, values, dwords);
+    }
+#if defined(__AVX512BW__)
+  uint8_t packed[16];
+  uint16_t got[32], want[32];
+  for (uint32_t byte = 0; byte < 256; ++byte)
+    for (int at = 0; at < 16; ++at) {
+      for (uint8_t& p : packed) p = static_cast<uint8_t>(random_bits() >> 24);
+      packed[at] = static_cast<uint8_t>(byte);
+      for (int i = 0; i < 32; ++i)
+        want[i] = ref::bf16_of_float(values[i % 2 ? packed[i / 2] & 15 : packed[i / 2] >> 4]);
+      const fw::I words = fw::decode32_bf16(fw::table_bf16(table), packed);
+      memcpy(got, &words, sizeof(got));
+      same("decode32_bf16", got, want, sizeof(got), byte);
+    }
+#endif
+}
+
+void test_tables() {
+  for (int round = 0; round < 8; ++round) {
+    float values[16];
+    for (int i = 0; i < 16; ++i)
+      values[i] = round == 0  ? fw::kNf4Codebook[i]
+                  : round < 5 ? special(8 * round + i)
+                              : random_float();
+    const fw::Table16 table = fw::table16(values);
+    const ref::Table16 meant = ref::table16(values);
+    check_table("decode", table, values);
+    check_table("round_bf16", fw::round_bf16(table), ref::round_bf16(meant).v);
+    check_table("round_f16", fw::round_f16(table), ref::round_f16(meant).v);
+    // No NaN in or out here: an arithmetic word may give another one.
+    for (float factor : {1.0f, 0.3f, -0x1p-126f, 0x1p-140f, 65504.0f, 0x1p120f}) {
+      for (float& v : values) v = isfinite(v) ? v : 0.7f;
+      const fw::Table16 scaled = fw::scale(fw::table16(values), factor);
+      check_table("scale", scaled, ref::scale(ref::table16(values), factor).v);
+    }
+  }
+}
+
+template <bool nan_high>
+void check_codes(const float* thresholds, const float* x) {
+  int32_t want[kWidth];
+  for (int i = 0; i < kWidth; i += kGroup) {
+    const ref::I codes = ref::nf4_code<nan_high>(ref::load(x + i), thresholds);
+    memcpy(want + i, codes.v, sizeof(codes.v));
+  }
+  const uint32_t input = ref::bits_of(x[0]);
+  for (int i = 0; i < kWidth; ++i)
+    if (isnan(x[i]) && want[i] != (nan_high ? 15 : 0)) same("NaN", "no", "ok", 2, input);
+  const fw::I codes = fw::nf4_code<nan_high>(fw::load(x), thresholds);
+  same_bits("nf4_code", codes, want, input);
+  uint8_t got[kWidth / 2], packed[kWidth / 2];
+  fw::store_codes(got, codes);
+  for (int i = 0; i < kWidth; i += 2)
+    packed[i / 2] = static_cast<uint8_t>(want[i] * 16 + want[i + 1]);
+  same("store_codes", got, packed, sizeof(got), input);
+}
+
+void test_nf4_codes() {
+  for (const float* thresholds : {fw::kNf4ThresholdsCpu, fw::kNf4ThresholdsCuda}) {
+    float x[kWidth];
+    const auto check = [&] {
+      check_codes<true>(thresholds, x);
+      check_codes<false>(thresholds, x);
+    };
+    for (int n = 0; n < 1 << 14; ++n) {
+      for (int i = 0; i < kWidth; ++i) {
+        const float threshold = thresholds[random_bits() % 15];
+        const float beside[] = {nextafterf(threshold, -2), threshold, nextafterf(threshold, 2)};
+        x[i] = n % 4 == 0   ? random_float()
+               : n % 4 == 1 ? special(n + i)
+                            : beside[random_bits() % 3];
+      }
+      check();
+    }
+    for (int t = 0; t < 15; ++t)
+      for (float to : {-2.0f, thresholds[t], 2.0f}) {
+        for (int i = 0; i < kWidth; ++i) x[i] = nextafterf(thresholds[t], to);
+        check();
+      }
+  }
+  for (int32_t byte = 0; byte < 256; ++byte)
+    for (int at = 0; at < kWidth; at += 2) {
+      int32_t codes[kWidth];
+      uint8_t got[kWidth / 2], want[kWidth / 2];
+      for (int i = 0; i < kWidth; ++i) codes[i] = static_cast<int32_t>(random_bits() >> 28);
+      codes[at] = byte >> 4;
+      codes[at + 1] = byte & 15;
+      for (int i = 0; i < kWidth; i += 2)
+        want[i / 2] = static_cast<uint8_t>(codes[i] * 16 + codes[i + 1]);
+      fw::store_codes(got, fw::load_dwords(codes));
+      same("store_codes", got, want, sizeof(got), static_cast<uint32_t>(byte));
+    }
+}
+
+void test_moves() {
+  float table[256], scales[64];
+  for (float& v : table) v = ref::float_of_bits(random_bits());
+  for (float& v : scales) v = random_float();
+  for (uint32_t byte = 0; byte < 256; ++byte)
+    for (int at = 0; at < kWidth; ++at) {
+      uint8_t codes[kWidth];
+      float want[kWidth];
+      for (uint8_t& c : codes) c = static_cast<uint8_t>(random_bits() >> 24);
+      codes[at] = static_cast<uint8_t>(byte);
+      for (int i = 0; i < kWidth; ++i) memcpy(want + i, table + codes[i], 4);
+      same_bits("gather_bytes", fw::gather_bytes(table, codes), want, byte);
+    }
+  for (int64_t c = 0; (c + 1) * kWidth <= 8 * 64; ++c) {
+    float want[kWidth];
+    for (int i = 0; i < kWidth; ++i) want[i] = scales[(c * kWidth + i) / 8];
+    same_bits("spread8", fw::spread8(scales, c), want, static_cast<uint32_t>(c));
+  }
+  fw::F rows[kWidth];
+  uint32_t before[kWidth][kWidth];
+  for (int r = 0; r < kWidth; ++r) {
+    float row[kWidth];
+    for (int i = 0; i < kWidth; ++i) before[r][i] = random_bits();
+    memcpy(row, before[r], sizeof(row));
+    rows[r] = fw::load(row);
+  }
+  fw::transpose(rows);
+  for (int r = 0; r < kWidth; ++r) {
+    float want[kWidth];
+    for (int i = 0; i < kWidth; ++i) memcpy(want + i, &before[i][r], 4);
+    same_bits("transpose", rows[r], want, static_cast<uint32_t>(r));
+  }
+}
+
+void test_dot_codes() {
+  for (int n = 0; n < 1 << 14; ++n) {
+    int8_t table[16], high[4 * kWidth], low[4 * kWidth];
+    uint32_t codes[kWidth];
+    int32_t acc[kWidth], start[kWidth], want[kWidth];
+    for (int8_t& t : table) t = random_quant();
+    for (int8_t& x : high) x = random_quant();
+    for (int8_t& x : low) x = random_quant();
+    for (uint32_t& c : codes) c = random_bits();
+    codes[n % kWidth] = static_cast<uint32_t>(n / kWidth % 256) * 0x01010101u;
+    for (int i = 0; i < kWidth; ++i) {
+      int32_t sum = 0;
+      for (int b = 4 * i; b < 4 * i + 4; ++b) sum += high[b] + low[b];
+      acc[i] = static_cast<int32_t>(random_bits()) >> 8;
+      start[i] = acc[i] - fw::kBias8 * sum;
+    }
+    for (int i = 0; i < kWidth; i += kGroup) {
+      const ref::I dot = ref::dot_codes(ref::load_dwords(acc + i), ref::table8(table),
+                                        ref::load_dwords(codes + i), high + 4 * i, low + 4 * i);
+      memcpy(want + i, dot.v, sizeof(dot.v));
+    }
+    const fw::I got =
+        fw::dot_codes(fw::load_dwords(start), fw::table8(table), fw::load_dwords(codes), high, low);
+    same_bits("dot_codes", got, want, codes[0]);
+  }
+}
+
+bool cpu_has_it() {
+  for (int64_t i = 0; i < feinwerk_isa_count(); ++i)
+    if (strcmp(feinwerk_isa_name(i), kIsa) == 0) return feinwerk_isa_available(i);
+  return false;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (!cpu_has_it()) {
+    printf("test_simd_words: this CPU lacks %s\n", kIsa);
+    return 77;
+  }
+  test_arithmetic();
+  test_magnitudes();
+  test_16_bit_loads();
+  test_tables();
+  test_nf4_codes();
+  test_moves();
+  test_dot_codes();
+  test_roundings(argc > 1 && strcmp(argv[1], "--full") == 0);
+  if (failures == 0)
+    printf("test_simd_words: %s: %lld checks passed\n", kIsa, static_cast<long long>(checks));
+  return failures != 0;
+}
