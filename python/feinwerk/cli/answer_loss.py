@@ -1,4 +1,4 @@
-"""Negative log-likelihood of the answers' tokens, computed the same way in training and evaluation."""
+"""Negative log-likelihood of the answers' tokens, the same in training and evaluation."""
 
 from __future__ import annotations
 

@@ -279,7 +279,9 @@ def collate(items: Sequence[Encoded], pad: int) -> Batch:
     return Batch(tokens, predicts, targets, tuple(len(item.answer) for item in items))
 
 
-def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int
+) -> list[list[int]]:
     """Return one epoch's batches of example indices; a pure function of its arguments.
 
     Shuffled, then sorted by length within windows of 16 batches, then the batches are shuffled:

@@ -17,6 +17,7 @@ class CommandError(Exception):
     """
 
     def __init__(self, sentence: str, status: int = 2) -> None:
+        """Keep the status beside the sentence."""
         super().__init__(sentence)
         self.status = status
 

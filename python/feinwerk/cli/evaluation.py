@@ -70,7 +70,7 @@ def held_out_nll(
     nll = [0.0] * len(examples)
     for indices in length_sorted_batches([e.length for e in examples], EVALUATION_BATCH):
         batch = collate([examples[i] for i in indices], pad=0)
-        rows = answer_nll(model, batch).double().split(list(batch.counts))
+        rows = torch.split(answer_nll(model, batch).double(), list(batch.counts))
         for index, row in zip(indices, rows, strict=True):
             nll[index] = row.sum().item()
         on_batch(len(indices))

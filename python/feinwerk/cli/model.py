@@ -203,32 +203,25 @@ def quantize(
     Returns:
         Sizes in bytes: linears_before, linears_after, model_before, model_after; and linears,
         their number.
+
+    Raises:
+        CommandError: if the model has no Linear to quantize.
     """
-    skip = ("lm_head",)
-    dense = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.split(".")[-1] not in skip
-    ]
-    linears_before = sum(module.weight.nbytes for module in dense)
-    model_before = _tensor_bytes(model)
-    del dense
-    feinwerk.quantize_model(
+    report = feinwerk.quantize_model(
         model,
-        skip=skip,
+        skip=("lm_head",),
         double_quant=settings.double_quant,
         blocksize=settings.blocksize,
         progress=progress,
     )
-    quantized = [module for _, module in nf4_linears(model)]
-    if not quantized:
+    if not report.layers:
         raise CommandError("quickstart: --model must have Linear layers in its decoder, found none")
     return {
-        "linears": len(quantized),
-        "linears_before": linears_before,
-        "linears_after": sum(_tensor_bytes(module) for module in quantized),
-        "model_before": model_before,
-        "model_after": _tensor_bytes(model),
+        "linears": len(report.layers),
+        "linears_before": sum(layer.bytes_before for layer in report.layers),
+        "linears_after": sum(layer.bytes_after for layer in report.layers),
+        "model_before": report.bytes_before,
+        "model_after": report.bytes_after,
     }
 
 
@@ -274,7 +267,6 @@ def resolve_dtype(name: str) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
-def _tensor_bytes(module: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, each storage counted once."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+def tensor_bytes(module: torch.nn.Module) -> int:
+    """Return the bytes of all parameters and buffers, each counted once."""
+    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])

