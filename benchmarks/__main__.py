@@ -44,6 +44,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--isa", default=env.get("ISA", ""), help="kernels' instruction set")
     parser.add_argument("--threads", default=env.get("THREADS", ""), help="only this many threads")
     parser.add_argument("--only", default="", help="pytest's -k: cases whose name matches")
+    parser.add_argument(
+        "--patience", type=float, default=0.0, help="seconds a case waits for a quiet machine"
+    )
     parser.add_argument("--resume", action="store_true", help="skip what this commit has measured")
     parser.add_argument("--results", type=Path, help="results file, default results/<machine>.json")
     options = parser.parse_args(argv)
@@ -72,13 +75,15 @@ def run_pytest(
     files = [str(HERE / f"bench_{name}.py") for name in names]
     flags = ["--level", options.level, "--results", str(options.results)]
     flags += ["--shape", options.shape] if options.shape else []
+    flags += ["--patience", str(options.patience)]
     flags += ["--resume"] if options.resume else []
     flags += ["--forced"] if options.isa else []
     flags += ["-k", options.only] if options.only else []
     command = [
         sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), *files, *flags,
         "-s", "-q", "--no-header", "--disable-warnings", "--benchmark-enable", "--benchmark-quiet",
-        "--benchmark-disable-gc", f"--benchmark-json={raw}",
+        "--benchmark-disable-gc",
+        f"--benchmark-json={raw}", "-W", "ignore",
     ]  # fmt: skip
     return subprocess.run(command, env=environment, cwd=HERE.parent, check=False).returncode
 

@@ -28,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--shape", default="", help="only this weight, as 4096x4096")
     group.addoption("--results", default="", help="results file to merge into")
     group.addoption("--resume", action="store_true", help="skip what this commit has measured")
+    group.addoption("--patience", type=float, default=0.0, help="seconds to wait for quiet")
     group.addoption("--forced", action="store_true", help="the user named the ISA")
 
 
@@ -67,6 +68,8 @@ class Session:
         self.store.ceilings(self.run, str(self.configuration), self.ceilings)
         self.level = option.level
         self.resume = option.resume
+        self.patience = option.patience
+        self.worst = 0.0
         print(f"\n{self.configuration}, kernels: {self.isa or 'reference'}")
         print(report.ceilings_line(self.ceilings))
 
@@ -102,7 +105,8 @@ def compare(session: Session, benchmark: Any) -> Compare:
         def rounds(target: Callable[[], None], setup: Callable[[], None], count: int) -> None:
             benchmark.pedantic(target, setup=setup, rounds=count, iterations=1)
 
-        started = time.perf_counter()
+        machine.wait_until_quiet(session.patience)
+        started, others = time.perf_counter(), machine.OtherLoad()
         result = paired(
             ours,
             *peers,
@@ -142,6 +146,7 @@ def compare(session: Session, benchmark: Any) -> Compare:
             "missing": missing,
             "run": session.run,
             "seconds": time.perf_counter() - started,
+            "others_share": others.share(),
         }
         benchmark.extra_info.update(record)
         session.store.put(case.key(session.configuration, session.isa), record)

@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ BUILD = ROOT / "build" / "benchmarks"
 PACKAGES = ("torch", "bitsandbytes", "onnxruntime", "onnx", "numpy", "pytest-benchmark")
 STREAM_BYTES = 256 << 20  # one pass of the memory probe: beyond any cache measured so far
 PEAK_SECONDS = 4e-3
+QUIET_SHARE = 0.1  # of all cores: a case that others disturbed more is measured again by --resume
 
 # Units of arithmetic that an ISA of ours may use, per activation dtype; the fastest is the limit.
 UNITS = {
@@ -126,6 +128,40 @@ def run_facts() -> dict[str, object]:
     }
 
 
+class OtherLoad:
+    """What share of all cores other processes (and the hypervisor) used since it was made."""
+
+    def __init__(self) -> None:
+        self.start = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float]:
+        """Busy seconds of all cores without this process's own, and the clock."""
+        try:
+            fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return 0.0, time.perf_counter()
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - time.process_time(), time.perf_counter()
+
+    def share(self) -> float:
+        """Between 0 and 1."""
+        busy, now = self._read()
+        seconds = (now - self.start[1]) * (os.cpu_count() or 1)
+        return min(1.0, max(0.0, (busy - self.start[0]) / max(seconds, 1e-9)))
+
+
+def wait_until_quiet(patience: float, share: float = QUIET_SHARE) -> None:
+    """Wait at most `patience` seconds for half a second in which others use less than `share`."""
+    deadline = time.perf_counter() + patience
+    while time.perf_counter() < deadline:
+        load = OtherLoad()
+        time.sleep(0.5)
+        if load.share() < share:
+            return
+
+
 @functools.cache
 def probe() -> ctypes.CDLL | None:
     """ceilings.cpp as a loaded library, or None without a compiler."""
@@ -199,7 +235,7 @@ def arithmetic(unit: str, threads: int, seconds: float = PEAK_SECONDS) -> float:
 
 
 def rate_step(unit: str) -> int:
-    """Operations in one step of a unit, as ceilings.cpp counts them; only sets the probe's length."""
+    """Operations in one step of a unit, as ceilings.cpp counts them: sets the probe's length."""
     steps = {"fma256": 192, "fma512": 384, "bf16_dot": 768, "int8_dot": 1536, "amx_bf16": 65536}
     return steps[unit]
 

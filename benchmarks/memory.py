@@ -1,4 +1,4 @@
-"""Peak memory of one call beyond its inputs and its output, measured in a process of its own.
+"""Peak memory of one call beyond its inputs and its output, measured in processes of their own.
 
 python -m benchmarks.memory feinwerk dX 4096 4096 512 bf16      prints bytes as JSON
 """
@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,42 +61,33 @@ def workspace(what: str, N: int, K: int, M: int, dtype: str) -> int:
     return _native.nf4_linear_workspace(M, N, K, DTYPES[dtype], "exact", threads)
 
 
-def records(run: str, configuration: plan.Configuration, isa: str) -> Any:
-    """(key, record) of every memory case, one subprocess for each candidate."""
-    N, K = plan.MAIN_SHAPE
+def measured(who: str, configuration: plan.Configuration) -> list[int]:
+    """Extra bytes of every case for one candidate, from a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.memory", who, *map(str, plan.MAIN_SHAPE)]
     environment = {**os.environ, **configuration.environment()}
-    for what, M, dtype in CASES:
-        extra = {}
-        for who in WHO:
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.memory",
-                who,
-                what,
-                *map(str, (N, K, M)),
-                dtype,
-            ]
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False
-            )
-            if done.returncode == 0:
-                extra[who] = int(json.loads(done.stdout.splitlines()[-1]))
-            else:
-                print(
-                    f"memory: {who} {what} M={M} {dtype}: {done.stderr.strip().splitlines()[-1:]}"
-                )
-                extra[who] = 0
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return [int(value) for value in json.loads(done.stdout.splitlines()[-1])]
+
+
+def records(
+    run: str, configuration: plan.Configuration, isa: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, record) of every memory case."""
+    N, K = plan.MAIN_SHAPE
+    extra = {who: measured(who, configuration) for who in WHO}
+    for i, (what, M, dtype) in enumerate(CASES):
         record = {
             "op": "memory", "what": what, "N": N, "K": K, "M": M, "dtype": dtype, "isa": isa,
-            "threads": configuration.threads, "extra_bytes": extra,
+            "threads": configuration.threads, "run": run,
+            "extra_bytes": {who: values[i] for who, values in extra.items()},
             "workspace_bytes": workspace(what, N, K, M, dtype),
-            "dense_bytes": N * K * DTYPES[dtype].itemsize, "run": run,
+            "dense_bytes": N * K * DTYPES[dtype].itemsize,
         }  # fmt: skip
         yield f"memory/{what}/{N}x{K}/M{M}/{dtype}/{configuration.threads}T/{isa}", record
 
 
 if __name__ == "__main__":
-    name, direction, *sizes, kind = sys.argv[1:]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or 2))
-    print(json.dumps(measure(name, direction, *map(int, sizes), kind)))
+    rows, columns = map(int, sys.argv[2:])
+    found = [measure(sys.argv[1], what, rows, columns, M, dtype) for what, M, dtype in CASES]
+    print(json.dumps(found))

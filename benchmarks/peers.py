@@ -267,13 +267,13 @@ def linear_peers(problem: Problem, what: str, few: bool) -> tuple[list[Candidate
     factories: list[Callable[[Problem], Candidate]] = [dense, bnb_matmul]
     if not few and not problem.backward:
         bf16 = problem.dtype == DTYPES["bf16"]
-        if bf16 and problem.M <= 16:
+        if bf16:
             factories.append(bnb_eval)
         if what == "int8 forward":
             factories.append(functools.partial(_at_level, 4, 64))
             if problem.M == 1 and problem.cold:
                 factories.append(functools.partial(_at_level, 4, 32))
-        elif problem.M <= 64:
+        else:
             factories.append(functools.partial(_at_level, 0, 64))
             if bf16 and problem.M == 1:
                 factories.append(ort_int4_fp16)

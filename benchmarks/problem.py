@@ -135,12 +135,13 @@ def rounded_weight(N: int, K: int, blocksize: int, dtype: torch.dtype) -> torch.
     weight = nf4_weight(N, K, blocksize)
     dense = weight.dequantize(dtype)
     rows = min(N, 64)
+    blocks = -(-rows * K // blocksize)
     with testing.use_backend("reference"):
         head = replace(
             weight,
             packed=weight.packed.flatten()[: (rows * K + 1) // 2].clone(),
-            absmax=weight.absmax[: -(-rows * K // blocksize)].clone(),
-            nested_absmax=weight.nested_absmax[: -(-(-(-rows * K // blocksize)) // 256)].clone(),
+            absmax=weight.absmax[:blocks].clone(),
+            nested_absmax=weight.nested_absmax[: -(-blocks // 256)].clone(),
             shape=(rows, K),
         )
         testing.assert_same_bits(dense[:rows], head.dequantize(dtype), "dequantized weight")

@@ -13,21 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bars
+from benchmarks.machine import QUIET_SHARE
 from benchmarks.plan import MAIN_SHAPE, ROWS, SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 IMAGE = ROOT / "docs" / "images" / "nf4_linear.png"
+SUMMARY = "Turns a results file into tables and a plot."
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+MEMORY_SLACK = 1 << 20  # stacks, the allocator's own pages
+HELD = (("avx512_bf16", "AVX512_CORE_BF16", "bf16"), ("avx2", "", "fp32"))
+WHO = ("feinwerk", "dense", "bitsandbytes")
 PEER_ORDER = (
     "dense", "bitsandbytes", "bitsandbytes eval", "ort int4 level 0", "ort int4 level 0 fp16",
-    "ort int4 level 4", "ort int4 level 4 block 32", "ort nf4", "NF4Weight.from_dense", "torch fill",
+    "ort int4 level 4", "ort int4 level 4 block 32", "ort nf4", "NF4Weight.from_dense",
+    "torch fill",
 )  # fmt: skip
 
 
 def number(value: float, digits: int = 3) -> str:
     """Three significant digits without an exponent."""
-    if value == 0 or not value == value:
+    if value == 0 or value != value:
         return "-"
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:.0f}"
@@ -65,6 +71,9 @@ def case_lines(title: str, record: dict[str, Any]) -> str:
         time = f"{milliseconds(limit['median'])} ms"
         lines.append(f"  {'limit: ' + name:<28}{time:<30}{share(limit['share'])}")
     lines += [f"  {name:<28}-  {reason}" for name, reason in record["missing"].items()]
+    if record["others_share"] > QUIET_SHARE:
+        used = 100 * record["others_share"]
+        lines.append(f"  disturbed: other processes used {used:.0f} % of the cores")
     return "\n".join(lines)
 
 
@@ -116,8 +125,27 @@ def bar_table(data: dict[str, Any]) -> Iterator[str]:
                 milliseconds(verdict.ours), milliseconds(verdict.theirs), result,
             )
         )  # fmt: skip
+    rows += [memory_bar(r) for r in data["cases"].values() if r["op"] == "memory"]
     head = ("bar", "what", "against", "required", "measured", "ours ms", "theirs ms", "result")
     yield from table(head, rows)
+
+
+def memory_bar(record: dict[str, Any]) -> tuple[str, ...]:
+    """Peak extra memory of one call against the workspace it may use."""
+    used, bound = record["extra_bytes"]["feinwerk"], record["workspace_bytes"] + MEMORY_SLACK
+    return (
+        "Peak extra memory", f"M={record['M']} {record['dtype']} {record['what']}",
+        "the workspace", f"<= {bound / 2**20:.1f} MiB", f"{used / 2**20:.1f} MiB", "", "",
+        "met" if used <= bound < record["dense_bytes"] else "missed",
+    )  # fmt: skip
+
+
+def peer_cell(record: dict[str, Any], name: str) -> str:
+    """A peer's median time and how many times faster we are, empty where it did not run."""
+    peer = record["peers"].get(name)
+    if peer is None:
+        return ""
+    return f"{milliseconds(peer['median'])} ms, {number(peer['ratio']['median'])}x"
 
 
 def matmul_table(
@@ -134,13 +162,7 @@ def matmul_table(
     names = [name for name in PEER_ORDER if any(name in r["peers"] for r in found)]
     rows = []
     for record in found:
-        cells = []
-        for name in names:
-            peer = record["peers"].get(name)
-            cells.append(
-                "" if peer is None
-                else f"{milliseconds(peer['median'])} ms, {number(peer['ratio']['median'])}x"
-            )  # fmt: skip
+        cells = [peer_cell(record, name) for name in names]
         rate = number(record["gbps"]), number(record["gflops"])
         rows.append((str(record["M"]), milliseconds(record["ours"]["median"]), *rate, *cells))
     yield from table(("M", "feinwerk ms", "GB/s", "GFLOP/s", *names), rows)
@@ -155,10 +177,7 @@ def other_table(data: dict[str, Any], op: str) -> Iterator[str]:
     rows = []
     for r in found:
         size = f"{r['N']}x{r['K']}" + (f", {r['M']} rows" if r["M"] else "")
-        cells = [
-            f"{milliseconds(r['peers'][n]['median'])} ms, {number(r['peers'][n]['ratio']['median'])}x"
-            if n in r["peers"] else "" for n in names
-        ]  # fmt: skip
+        cells = [peer_cell(r, name) for name in names]
         mine = milliseconds(r["ours"]["median"]), number(r["gbps"])
         rows.append((f"{r['what']} {size}", r["dtype"], str(r["threads"]), *mine, *cells))
     yield from table(("case", "dtype", "threads", "feinwerk ms", "GB/s", *names), rows)
@@ -169,7 +188,7 @@ def memory_table(data: dict[str, Any]) -> Iterator[str]:
     rows = [
         (
             f"{r['what']} {r['N']}x{r['K']}, M={r['M']}", r["dtype"],
-            *(f"{r['extra_bytes'][who] / 2**20:.1f}" for who in ("feinwerk", "dense", "bitsandbytes")),
+            *(f"{r['extra_bytes'][who] / 2**20:.1f}" for who in WHO),
             f"{r['workspace_bytes'] / 2**20:.1f}", f"{r['dense_bytes'] / 2**20:.1f}",
         )
         for r in data["cases"].values()
@@ -197,9 +216,8 @@ def machine_lines(data: dict[str, Any]) -> Iterator[str]:
     configured = {name: c for run in runs for name, c in run["ceilings"].items()}
     keys = sorted({key for c in configured.values() for key in c}, key=lambda k: (k[-4:], k))
     yield ""
-    names = [
-        k.replace("_gbps", " GB/s").replace("_gops", " GFLOP/s").replace("_", " ") for k in keys
-    ]
+    units = {"_gbps": " GB/s", "_gops": " GFLOP/s"}
+    names = [key[:-5].replace("_", " ") + units[key[-5:]] for key in keys]
     yield from table(
         ("measured ceiling", *configured),
         (
@@ -223,10 +241,7 @@ def markdown(data: dict[str, Any]) -> str:
                     lines = list(matmul_table(data, shape, dtype, what, threads))
                     sections.append((title, lines))
     for what in ("forward", "dX"):
-        for isa, onednn, dtype in (
-            ("avx512_bf16", "AVX512_CORE_BF16", "bf16"),
-            ("avx2", "", "fp32"),
-        ):
+        for isa, onednn, dtype in HELD:
             chosen = {"isa": isa, "onednn": onednn}
             title = f"{what}, 4096 x 4096, {dtype}, kernels held to {isa}"
             title += f", oneDNN to {onednn}" if onednn else ""
@@ -234,12 +249,8 @@ def markdown(data: dict[str, Any]) -> str:
     for what, dtype in (("forward", "bf16"), ("forward", "fp32"), ("int8 forward", "fp32")):
         title = f"{what}, 4096 x 4096, {dtype}, 2 threads, warm weights"
         sections.append((title, list(matmul_table(data, MAIN_SHAPE, dtype, what, 2, cold=False))))
-    parts += [
-        "## nf4_linear",
-        "",
-        "Each peer: its median time, and how many times faster Feinwerk is.",
-        "",
-    ]
+    explained = "Each peer: its median time, and how many times faster Feinwerk is."
+    parts += ["## nf4_linear", "", explained, ""]
     for title, lines in sections:
         if lines:
             parts += [f"### {title}", "", *lines, ""]
@@ -255,11 +266,12 @@ def markdown(data: dict[str, Any]) -> str:
 
 INTRODUCTION = """# Benchmarks
 
-`make bench` measures Feinwerk and its peers in turn in one process (`benchmarks/README.md` says how)
-and keeps the results in `benchmarks/results/`. A figure such as *2.5x [2.4, 2.7]* is the median of
-the ratios of neighbouring samples, with a 95 % bootstrap interval; above 1, Feinwerk is faster.
-Weights are cold unless a table says otherwise: every call takes another copy, and the copies together
-exceed the last-level cache. The tables below are rendered by `python -m benchmarks.report --docs --plot`.
+`make bench` measures Feinwerk and its peers in turn in one process and keeps the results in
+`benchmarks/results/`; `benchmarks/README.md` says how. A figure such as *2.5x [2.4, 2.7]* is the
+median of the ratios of neighbouring samples, with a 95 % bootstrap interval; above 1, Feinwerk is
+faster. Weights are cold unless a table says otherwise: every call takes another copy, and the
+copies together exceed the last-level cache. `python -m benchmarks.report --docs --plot` renders
+the part below.
 
 """
 
@@ -276,9 +288,7 @@ def render(page: Path, data: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of the report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=SUMMARY)
     parser.add_argument("--results", type=Path, help="results file; default: this machine's")
     parser.add_argument("--docs", action="store_true", help=f"render {PAGE.relative_to(ROOT)}")
     parser.add_argument("--plot", action="store_true", help=f"draw {IMAGE.relative_to(ROOT)}")

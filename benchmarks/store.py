@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import QUIET_SHARE
+
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA = 1
 
@@ -49,11 +51,12 @@ class Store:
         self.save()
 
     def has(self, key: str, commit: str) -> bool:
-        """Whether this case was measured at this commit, on unchanged sources."""
+        """Whether this commit, with unchanged sources, measured the case undisturbed."""
         record = self.data["cases"].get(key)
         if record is None or commit.endswith("+dirty"):
             return False
-        return bool(self.data["runs"].get(record["run"], {}).get("commit") == commit)
+        quiet = record.get("others_share", 0.0) < QUIET_SHARE
+        return quiet and self.data["runs"].get(record["run"], {}).get("commit") == commit
 
     def save(self) -> None:
         """Write through a temporary file, without runs that no record names any more."""
