@@ -16,7 +16,8 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 STAMPS := $(VENV)/.stamps
 CONSTRAINTS := $(STAMPS)/constraints.txt
-PIP := $(PY) -m pip --disable-pip-version-check --quiet
+# -qq: errors only; the steps below say what is going on.
+PIP := $(PY) -m pip --disable-pip-version-check -qq
 NATIVE := $(shell find csrc -type f 2>/dev/null)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
