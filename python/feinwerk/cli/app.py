@@ -16,6 +16,7 @@ app = typer.Typer(
     help="NF4 weights for fine-tuning and inference on CPU.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # wraps the paragraphs of a docstring anew
     pretty_exceptions_enable=False,
 )
 
@@ -50,7 +51,7 @@ def quickstart(
         ),
     ] = DEFAULT_DATASET,
     steps: Annotated[
-        int | None, typer.Option(help=f"Optimizer steps [default: {DEFAULT_STEPS}].")
+        int | None, typer.Option(help="Optimizer steps.", show_default=str(DEFAULT_STEPS))
     ] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the training data, instead of --steps.")

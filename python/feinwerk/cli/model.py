@@ -76,16 +76,14 @@ def package_folder(module: str) -> Path:
 
 
 def quiet_libraries() -> None:
-    """Silence what the libraries print beside our own progress bars."""
+    """Silence what the libraries print beside our own progress bars, and keep them offline."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("bitsandbytes", "transformers", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def load_model(source: Source, *, cache: bool) -> tuple[torch.nn.Module, Any]:
@@ -183,8 +181,9 @@ def _convert(source: Source, target: Path) -> None:
     plain_config = loaded.config.to_dict()
     plain_config.pop("quantization_config", None)
     model_type = plain_config.pop("model_type")
+    from_config: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **plain_config))
+        plain = from_config(AutoConfig.for_model(model_type, **plain_config))
     plain.load_state_dict(loaded.state_dict(), assign=True)
     plain.tie_weights()
     plain.save_pretrained(target)
