@@ -52,14 +52,19 @@ def test_imports_no_optional_package() -> None:
 
 
 def test_import_is_quick_beyond_torch() -> None:
-    seconds = run(
-        "import torch, time\n"
-        "import torch.library\n"
-        "start = time.perf_counter()\n"
-        "import feinwerk\n"
-        "print(time.perf_counter() - start)\n"
+    # On a busy machine everything takes longer: torch's own import is the measure then.
+    torch_seconds, seconds = map(
+        float,
+        run(
+            "import time\n"
+            "start = time.perf_counter()\n"
+            "import torch\n"
+            "middle = time.perf_counter()\n"
+            "import feinwerk\n"
+            "print(middle - start, time.perf_counter() - middle)\n"
+        ).split(),
     )
-    assert float(seconds) < 0.9
+    assert seconds < max(0.5, torch_seconds / 4)
 
 
 def test_works_without_the_extension_and_says_so_once() -> None:

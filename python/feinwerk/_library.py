@@ -22,7 +22,7 @@ from feinwerk import _native
 
 Implementation = Callable[..., Any]
 
-_LIBRARY = torch.library.Library("feinwerk", "DEF")
+_LIBRARY: Any = torch.library.Library("feinwerk", "DEF")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

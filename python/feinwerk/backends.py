@@ -29,7 +29,8 @@ def isa() -> str | None:
         One of scalar, avx2, avx512, avx512_vnni, avx512_bf16, amx, neon; or None.
 
     Raises:
-        RuntimeError: if FEINWERK_ISA names one that is unknown or that this CPU lacks.
+        ValueError: if FEINWERK_ISA names one that is unknown.
+        NotImplementedError: if this CPU lacks the one that FEINWERK_ISA names.
 
     Example:
         >>> isa() is None or isinstance(isa(), str)
@@ -77,7 +78,8 @@ def describe() -> str:
         op and device.
 
     Raises:
-        RuntimeError: if FEINWERK_ISA names an instruction set that is unknown or missing here.
+        ValueError: if FEINWERK_ISA names an instruction set that is unknown.
+        NotImplementedError: if this CPU lacks the one that FEINWERK_ISA names.
 
     Example:
         >>> print(describe())  # doctest: +SKIP

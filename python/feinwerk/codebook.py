@@ -123,11 +123,12 @@ def _dynamic_map(signed: bool) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
         step = float(np.float32((np.float32(high) - np.float32(low)) / np.float32(cells)))
         # Edges are counted from the nearer end, each with one rounding, as torch.linspace does;
         # products of fp32 numbers and small integers are exact in double.
-        edges = np.float32(
+        edges = np.array(
             [
                 low + step * i if 2 * i < cells + 1 else high - step * (cells - i)
                 for i in range(cells + 1)
-            ]
+            ],
+            dtype=np.float32,
         )
         centres = (edges[:-1] + edges[1:]) / np.float32(2.0) * np.float32(10.0**exponent)
         values.extend(centres)

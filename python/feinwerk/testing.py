@@ -10,14 +10,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from feinwerk import _library, _native
 from feinwerk.codebook import BLOCKSIZES, dynamic_map
-from feinwerk.ops import blockwise_quantize, nf4_dequantize, nf4_quantize
+from feinwerk.ops import blockwise_quantize, nf4_dequantize, nf4_linear, nf4_quantize
+from feinwerk.ops.nf4_dequantize.reference import decode_absmax
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,11 +100,21 @@ class WeightCase:
         """The keyword arguments N, K and blocksize."""
         return {"N": self.N, "K": self.K, "blocksize": self.blocksize}
 
-    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def linear(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, compute: str = "exact"
+    ) -> torch.Tensor:
         """Call nf4_linear with this weight."""
-        from feinwerk.ops import nf4_linear
-
-        return nf4_linear(x, self.packed, self.absmax, bias, *self.nested, **self.sizes, **kwargs)
+        return nf4_linear(
+            x,
+            self.packed,
+            self.absmax,
+            bias,
+            *self.nested,
+            N=self.N,
+            K=self.K,
+            blocksize=self.blocksize,
+            compute=compute,
+        )
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (identity hash; 64 cases at most are kept)
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -121,8 +131,6 @@ class WeightCase:
 
     def scales(self) -> torch.Tensor:
         """Return the decoded absmax of every weight, fp64 [N, K]."""
-        from feinwerk.ops.nf4_dequantize.reference import decode_absmax
-
         flat = decode_absmax(self.absmax, *self.nested).double().repeat_interleave(self.blocksize)
         return flat[: self.N * self.K].view(self.N, self.K)
 
@@ -240,7 +248,8 @@ def linear_budget(
     size = wide.abs() @ dense.abs().t()
     budget = 2 * torch_error + ulp(truth, x.dtype) + 4 * math.sqrt(K) * 2.0**-24 * size
     if scales is not None:
-        runs = F.pad(wide.abs(), (0, -K % INT8_BLOCK)).unflatten(-1, (-1, INT8_BLOCK))
+        runs = F.pad(wide.abs(), (0, -K % INT8_BLOCK))
+        runs = runs.view(*x.shape[:-1], (K + INT8_BLOCK - 1) // INT8_BLOCK, INT8_BLOCK)
         step = runs.amax(dim=-1).repeat_interleave(INT8_BLOCK, dim=-1)[..., :K] / 127
         dx = step / 2 * (1 + 2.0**-20)  # the scale itself is rounded to fp32
         dw = scales * INT8_TABLE_ERROR + dense.abs() * torch.finfo(x.dtype).eps / 2

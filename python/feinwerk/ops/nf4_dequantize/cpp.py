@@ -22,5 +22,5 @@ def nf4_dequantize(
 ) -> torch.Tensor:
     """Forward to the native kernel."""
     return _native.nf4_dequantize(
-        packed, absmax, nested_absmax, nested_codebook, nested_offset, shape, blocksize, dtype
+        packed, absmax, nested_absmax, nested_codebook, nested_offset, list(shape), blocksize, dtype
     )

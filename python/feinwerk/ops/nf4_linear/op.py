@@ -139,7 +139,7 @@ class _Linear(torch.autograd.Function):
     """nf4_linear with gradients for x and bias; the weight is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, *args: Any) -> torch.Tensor:
         packed, absmax, bias, nested_absmax, nested_codebook, nested_offset = args[:6]
         N, K, blocksize, compute = args[6:]
         ctx.save_for_backward(packed, absmax, nested_absmax, nested_codebook, nested_offset)
@@ -149,7 +149,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         N, K, blocksize = ctx.sizes
         grad_x = grad_bias = None

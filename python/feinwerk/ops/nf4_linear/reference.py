@@ -76,7 +76,9 @@ def nf4_linear_backward(
 def round_activations(x: torch.Tensor) -> torch.Tensor:
     """Round each run of 64 elements of the last dimension to 255 steps of its largest |x|."""
     size = x.shape[-1]
-    blocks = F.pad(x, (0, -size % INT8_BLOCK)).unflatten(-1, (-1, INT8_BLOCK))
+    runs = (size + INT8_BLOCK - 1) // INT8_BLOCK
+    blocks = F.pad(x, (0, -size % INT8_BLOCK)).view(*x.shape[:-1], runs, INT8_BLOCK)
     scale = blocks.abs().amax(dim=-1, keepdim=True) / 127.0
     steps = torch.where(scale > 0, blocks / scale, 0.0).round()
-    return (steps * scale).flatten(-2)[..., :size]
+    rounded: torch.Tensor = (steps * scale).flatten(-2)[..., :size]
+    return rounded
