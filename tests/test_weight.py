@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from feinwerk import NF4Weight, blockwise_quantize, nf4_quantize, weight
 from feinwerk.codebook import BLOCKSIZES, dynamic_map, nf4_codebook
-from feinwerk.testing import DTYPES, assert_same_bits, assert_within_budget, make_x
+from feinwerk.testing import DTYPES, assert_same_bits, assert_within_budget, make_x, use_backend
 
 FIELDS = ("packed", "absmax", "nested_absmax", "nested_codebook", "nested_offset")
 STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -79,6 +79,17 @@ class TestFromDense:
             w = dense(*reversed(shape)).permute(*reversed(range(len(shape))))
         whole = NF4Weight.from_dense(w)
         monkeypatch.setattr(weight, "_SLAB", 256)
+        sizes = []
+
+        def counting(slab: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            sizes.append(slab.numel())
+            return nf4_quantize(slab, **kwargs)
+
+        monkeypatch.setattr(weight, "nf4_quantize", counting)
+        with use_backend("reference"):
+            assert_same_weight(NF4Weight.from_dense(w), whole)
+        assert max(sizes) == 256
+        assert sum(sizes) == w.numel()
         assert_same_weight(NF4Weight.from_dense(w), whole)
         packed, _ = nf4_quantize(w.contiguous())
         assert_same_bits(whole.packed, packed)

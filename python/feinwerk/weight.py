@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from feinwerk import _checks, checkpoint
+from feinwerk import _checks, backends, checkpoint
 from feinwerk.codebook import dynamic_map
 from feinwerk.ops import (
     blockwise_quantize,
@@ -27,9 +27,9 @@ from feinwerk.ops import (
     nf4_quantize,
 )
 
-# Elements quantized per call: bounds the workspace of a backend that needs one (the reference),
-# whatever the size of the weight. A multiple of every blocksize, so blocks are never cut.
-_SLAB = 1 << 18
+# Elements quantized per call where a call needs a workspace, which this bounds whatever the size of
+# the weight. A multiple of every blocksize, so blocks are never cut.
+_SLAB = 1 << 16
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,8 +101,9 @@ class NF4Weight:
     ) -> NF4Weight:
         """Quantize a dense tensor.
 
-        Beside the result it needs a workspace of fixed size only: the weight is quantized slab by
-        slab, bit-equal to one call.
+        Beside the result it needs a workspace of fixed size only: where a call would need more (the
+        reference backend, a weight that is not contiguous), slabs of the weight are quantized in
+        turn, bit-equal to one call.
 
         Args:
             weight: fp32, bf16 or fp16, any shape.
@@ -387,10 +388,11 @@ def _quantize_in_slabs(
     blocksize: int,
     quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize the flattened weight `_SLAB` elements at a time into one pair of outputs."""
+    """Quantize the flattened weight in one call if that needs no workspace, else slab by slab."""
     count = weight.numel()
-    if count <= _SLAB:
-        return quantize(weight.contiguous())
+    backend, _ = backends.serving("nf4_quantize", weight.device.type)
+    if count <= _SLAB or (backend != "reference" and weight.is_contiguous()):
+        return quantize(weight)
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=weight.device)
     for start in range(0, count, _SLAB):
