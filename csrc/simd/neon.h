@@ -107,6 +107,9 @@ inline I nf4_code(F x, const float* thresholds) {
   }
   return code;
 }
+using CodeBins = const float*;
+inline CodeBins code_bins(const float* thresholds) { return thresholds; }
+inline I nf4_code_in_bins(F x, CodeBins thresholds) { return nf4_code<false>(x, thresholds); }
 inline void store_codes(uint8_t* p, I codes) {
   // Every qword holds an even and an odd element: even * 16 + odd in its low byte.
   const uint64x2_t pairs = vreinterpretq_u64_s32(codes);
