@@ -82,6 +82,10 @@ inline void read_scales(const feinwerk_nf4_weight& w, int64_t first, int64_t cou
     memcpy(scales, w.absmax + first, static_cast<size_t>(count) * 4);
     return;
   }
+  if (count < kWidth / 2) {  // a vector of look-ups would cost more
+    for (int64_t i = 0; i < count; ++i) scales[i] = block_absmax(w, first + i);
+    return;
+  }
   const F offset = set1(*w.nested_offset);
   for (int64_t i = 0; i < count;) {
     const int64_t nested = (first + i) / kNestedBlocksize;

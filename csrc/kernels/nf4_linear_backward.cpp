@@ -7,11 +7,14 @@
 namespace feinwerk {
 namespace {
 
-constexpr int64_t kSlab = 128;                       // columns of W a unit
+constexpr int64_t kMaxSlab = 256;                    // columns of W a unit, at most
 constexpr int64_t kPackedBytes = int64_t{16} << 20;  // of dY a chunk, about
 constexpr int64_t kMaxChunkRows = 1024;
 
 using Args = feinwerk_nf4_linear_backward_args;
+
+// Wide slabs read longer pieces of every row of W; narrow matrices need enough units for all threads.
+int64_t slab_of(const feinwerk_nf4_weight& w) { return w.cols >= 2048 ? kMaxSlab : 64; }
 
 template <class Engine>
 ProductPlan plan_for(const Args& args) {
@@ -21,9 +24,10 @@ ProductPlan plan_for(const Args& args) {
   ProductPlan plan = {};
   plan.chunk_rows = chunk;
   plan.pack_units = Depth<Engine>(args.weight.rows).blocks();
-  plan.units = (args.weight.cols + kSlab - 1) / kSlab;
+  const int64_t slab = slab_of(args.weight);
+  plan.units = (args.weight.cols + slab - 1) / slab;
   plan.shared_bytes = chunk * row_bytes;
-  plan.scratch_bytes = kSlab * (Engine::kDepth + chunk) * 4;
+  plan.scratch_bytes = slab * (Engine::kDepth + chunk) * 4;
   return plan;
 }
 
@@ -64,10 +68,10 @@ void nf4_linear_backward_unit(const Args& args, int64_t row, int64_t rows, int64
     using Unit = typename Engine::Unit;
     const feinwerk_nf4_weight& w = args.weight;
     const Depth<Engine> depth(w.rows);
-    const int64_t k = unit * kSlab, cols = min64(kSlab, w.cols - k);
+    const int64_t slab = slab_of(w), k = unit * slab, cols = min64(slab, w.cols - k);
     const int64_t lanes = round_up(cols, kRun), groups = lanes / kWidth;
     auto* b = reinterpret_cast<Unit*>(scratch);
-    auto* c = reinterpret_cast<float*>(scratch + kSlab * Engine::kDepth * 4);
+    auto* c = reinterpret_cast<float*>(scratch + slab * Engine::kDepth * 4);
     const auto* a = reinterpret_cast<const Unit*>(shared);
     {
       const Tiles<Engine> tiles;
@@ -75,14 +79,14 @@ void nf4_linear_backward_unit(const Args& args, int64_t row, int64_t rows, int64
         const int64_t t = depth.begin(block), size = depth.size(block);
         decode_lanes<Dtype>(engine, w, t * Engine::kPair, size, k, lanes, b);
         multiply(engine, a + t * padded<Engine>(rows), padded<Engine>(rows), b, groups, size, c,
-                 kSlab, block == 0);
+                 slab, block == 0);
       }
     }
-    if (depth.blocks() == 0) memset(c, 0, static_cast<size_t>(rows * kSlab) * 4);
+    if (depth.blocks() == 0) memset(c, 0, static_cast<size_t>(rows * slab) * 4);
     for (int64_t m = 0; m < rows; ++m) {
       auto* dx = static_cast<typename Dtype::Element*>(args.grad_x) + (row + m) * w.cols + k;
       for (int64_t i = 0; i < cols; i += kWidth)
-        write_part<Dtype>(dx + i, cols - i, load(c + m * kSlab + i));
+        write_part<Dtype>(dx + i, cols - i, load(c + m * slab + i));
     }
   });
 }
