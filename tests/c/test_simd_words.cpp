@@ -2,93 +2,12 @@
 // csrc/simd/scalar.h.
 //
 //   test_simd_words_<isa>          codes and bytes exhaustively, roundings at everything near a tie
-//   test_simd_words_<isa> --full   roundings of all 2^32 floats
+//   test_simd_words_<isa> --full   roundings and codes of all floats
 //
 // Exits with 77 where the CPU lacks the instruction set.
-#include <math.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <string.h>
-
-#include <initializer_list>
-
-#include "core/codebook.h"
-#include "feinwerk/feinwerk.h"
-
-namespace meaning {
-#include "simd/scalar.h"
-}  // namespace meaning
-// Once more for the instruction set under test, in a namespace of its own.
-#undef FEINWERK_SIMD_SCALAR_H_
-#undef FEINWERK_SIMD_CONVERT_H_
-#include "simd/simd.h"
+#include "words.h"
 
 namespace {
-
-namespace fw = feinwerk;
-namespace ref = meaning::feinwerk;
-
-#define TEXT_(x) #x
-#define TEXT(x) TEXT_(x)
-constexpr char kIsa[] = TEXT(FEINWERK_ISA_NAME);
-constexpr int kWidth = fw::kWidth;
-constexpr int kGroup = ref::kWidth;  // the meaning comes in groups of 4 lanes
-static_assert(kWidth % kGroup == 0, "the lanes are whole groups");
-
-int64_t checks = 0, failures = 0;
-
-void same(const char* word, const void* got, const void* want, size_t bytes, uint32_t input) {
-  ++checks;
-  if (memcmp(got, want, bytes) == 0 || ++failures > 20) return;
-  const auto *a = static_cast<const uint8_t*>(got), *b = static_cast<const uint8_t*>(want);
-  size_t i = 0;
-  while (a[i] == b[i]) ++i;
-  printf("FAILED %s on %s near %08x: byte %d is %02x, want %02x\n", word, kIsa, input,
-         static_cast<int>(i), a[i], b[i]);
-}
-
-// Which NaN an arithmetic word gives is open; that it gives one is not.
-void same_numbers(const char* word, fw::F got, const float* want, uint32_t input) {
-  float a[kWidth], b[kWidth];
-  fw::store(a, got);
-  for (int i = 0; i < kWidth; ++i) {
-    if (isnan(a[i])) a[i] = NAN;
-    b[i] = isnan(want[i]) ? NAN : want[i];
-  }
-  same(word, a, b, sizeof(a), input);
-}
-void same_bits(const char* word, fw::F got, const float* want, uint32_t input) {
-  float a[kWidth];
-  fw::store(a, got);
-  same(word, a, want, sizeof(a), input);
-}
-void same_bits(const char* word, fw::I got, const int32_t* want, uint32_t input) {
-  int32_t a[kWidth];
-  memcpy(a, &got, sizeof(a));
-  same(word, a, want, sizeof(a), input);
-}
-
-uint64_t state = 1;
-uint32_t random_bits() {
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return static_cast<uint32_t>(state >> 32);
-}
-float random_float() { return static_cast<float>(random_bits()) * 0x1p-31f - 1.0f; }
-int8_t random_quant() {  // -127 .. 127, the ends often
-  const uint32_t bits = random_bits();
-  if (bits % 4 == 0) return static_cast<int8_t>(bits & 16 ? 127 : -127);
-  return static_cast<int8_t>(static_cast<int32_t>((bits >> 8) % 255) - 127);
-}
-
-// Zeros, subnormals, ends of ranges, infinities, quiet and signalling NaNs, ordinary numbers.
-constexpr uint32_t kSpecial[] = {
-    0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x007fffff, 0x00800000, 0x807fffff, 0x00012345,
-    0x33000000, 0x33000001, 0x387fffff, 0x38800000, 0x477fefff, 0x477ff000, 0x7f7fffff, 0xff7fffff,
-    0x7f800000, 0xff800000, 0x7f800001, 0xff800001, 0x7fc00000, 0xffc00000, 0x7fffffff, 0xffffffff,
-    0x3f800000, 0xbf800000, 0x3f7fffff, 0x3f000000, 0x40490fdb, 0xc2f6e979, 0x7e967699, 0x00800001,
-};
-constexpr int kSpecials = static_cast<int>(sizeof(kSpecial) / sizeof(kSpecial[0]));
-float special(int i) { return ref::float_of_bits(kSpecial[i % kSpecials]); }
 
 // One rounding of each kind, of kWidth floats at a time.
 void check_roundings(const uint32_t* bits) {
@@ -154,13 +73,13 @@ void test_16_bit_loads() {
 }
 
 void test_arithmetic() {
-  constexpr bool is_scalar = sizeof(kIsa) == 7;  // "scalar" rounds fma twice
-  const auto check = [](const float* a, const float* b, const float* c) {
+  const bool fma_rounds_twice = strcmp(kIsa, "scalar") == 0;
+  const auto check = [=](const float* a, const float* b, const float* c) {
     float sum[kWidth], product[kWidth], fused[kWidth], spread[kWidth];
     for (int i = 0; i < kWidth; ++i) {
       sum[i] = a[i] + b[i];
       product[i] = a[i] * b[i];
-      fused[i] = is_scalar ? product[i] + c[i] : fmaf(a[i], b[i], c[i]);
+      fused[i] = fma_rounds_twice ? product[i] + c[i] : fmaf(a[i], b[i], c[i]);
       spread[i] = a[0];
     }
     const uint32_t input = ref::bits_of(a[0]);
@@ -417,6 +336,41 @@ void test_dot_codes() {
   }
 }
 
+// nf4_code_in_bins has to be nf4_code for every x that x / absmax can be: up to 1 + 2^-20.
+void test_codes_in_bins(bool full) {
+  const uint32_t last = ref::bits_of(1 + 0x1p-20f);
+  for (const float* thresholds : {fw::kNf4ThresholdsCpu, fw::kNf4ThresholdsCuda}) {
+    const fw::CodeBins bins = fw::code_bins(thresholds);
+    const auto check = [&](uint32_t first) {  // kWidth neighbours, of both signs
+      float x[kWidth], minus[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        const uint32_t bits = first + static_cast<uint32_t>(i);
+        x[i] = ref::float_of_bits(bits < last ? bits : last);
+        minus[i] = -x[i];
+      }
+      for (const float* p : {x, minus}) {
+        int32_t want[kWidth];
+        for (int i = 0; i < kWidth; i += kGroup) {
+          const ref::I codes = ref::nf4_code<false>(ref::load(p + i), thresholds);
+          memcpy(want + i, codes.v, sizeof(codes.v));
+        }
+        same_bits("nf4_code_in_bins", fw::nf4_code_in_bins(fw::load(p), bins), want, first);
+      }
+    };
+    for (int t = 0; t < 15; ++t)
+      for (uint32_t i = 0; i < 64; ++i) check(ref::bits_of(fabsf(thresholds[t])) + i - 32);
+    for (int edge = 0; edge <= 1024; ++edge)  // edges of up to 1024 equal bins, and of 15.99's
+      for (float scale : {1.0f / 1024, 1 / 15.99f}) {
+        const float x = fabsf(static_cast<float>(edge) * scale - 1);
+        for (uint32_t i = 0; i < 64; i += kWidth)
+          if (x > 0 && x <= 1) check(ref::bits_of(x) + i - 32);
+      }
+    const uint32_t step = full ? kWidth : 12007;
+    for (uint32_t first = 0; first <= last; first += step) check(first);
+    check(last);
+  }
+}
+
 bool cpu_has_it() {
   for (int64_t i = 0; i < feinwerk_isa_count(); ++i)
     if (strcmp(feinwerk_isa_name(i), kIsa) == 0) return feinwerk_isa_available(i);
@@ -437,7 +391,9 @@ int main(int argc, char** argv) {
   test_nf4_codes();
   test_moves();
   test_dot_codes();
-  test_roundings(argc > 1 && strcmp(argv[1], "--full") == 0);
+  const bool full = argc > 1 && strcmp(argv[1], "--full") == 0;
+  test_codes_in_bins(full);
+  test_roundings(full);
   if (failures == 0)
     printf("test_simd_words: %s: %lld checks passed\n", kIsa, static_cast<long long>(checks));
   return failures != 0;
