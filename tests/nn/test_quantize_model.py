@@ -297,6 +297,9 @@ class TestMemory:
             assert all(states[done + 1 :])
         assert not any(ref() is not None for ref in alive)
 
+    @pytest.mark.skipif(
+        "cpp" not in feinwerk.backends.available(), reason="needs the native extension"
+    )
     def test_at_most_one_byte_an_element_beside_the_source(self) -> None:
         """Resident memory in a process of its own, which sees every allocator."""
         size = 4096 * 4096
