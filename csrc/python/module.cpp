@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <string>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "executor.h"
 
 namespace py = pybind11;
@@ -82,6 +86,20 @@ py::list isas() {
   return names;
 }
 
+// Asks for 2 MB pages under a large output that is written once from end to end: touching fresh 4 KB
+// pages costs more than the kernel that fills them. A hint; the kernel may say no.
+void advise_huge_pages(Address address, int64_t bytes) {
+#if defined(__linux__)
+  constexpr Address kPage = 4096;
+  const Address begin = (address + kPage - 1) / kPage * kPage;
+  const Address end = (address + static_cast<Address>(bytes)) / kPage * kPage;
+  if (end > begin) madvise(at<void>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)address;
+  (void)bytes;
+#endif
+}
+
 std::string isa() {
   const char* name = nullptr;
   check(feinwerk_active_isa(&name));
@@ -100,6 +118,7 @@ PYBIND11_MODULE(_C, m) {
                          : feinwerk_force_isa(name.cast<std::string>().c_str()));
   });
   m.def("openmp", feinwerk::describe_executor);
+  m.def("advise_huge_pages", advise_huge_pages);
 
   m.def("nf4_quantize", [](Address weight, int dtype, int64_t count, int64_t blocksize, int rule,
                            bool allow_non_finite, Address packed, int64_t packed_bytes,

@@ -25,6 +25,8 @@ _RULES = {"cpu": 0, "cuda": 1}
 _COMPUTES = {"exact": 0, "int8": 1}
 _NO_ADDRESS = 0
 _ALIGNMENT = 64
+# From this size on the C library maps every allocation anew, so its pages are fresh each time.
+_ALWAYS_MAPPED = 32 << 20
 
 Nested = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -103,6 +105,7 @@ class _Weight:
     ) -> None:
         packed, absmax = packed.contiguous(), absmax.contiguous()
         address = absmax.data_ptr()
+        self.tensors: tuple[Tensor, ...]
         nested_absmax, nested_codebook, nested_offset = nested
         if nested_absmax is None or nested_codebook is None or nested_offset is None:
             self.tensors = (packed, absmax)
@@ -142,6 +145,8 @@ def nf4_dequantize(
 ) -> Tensor:
     """The weight in `dtype`, of `shape`."""
     out = torch.empty(shape, dtype=dtype)
+    if out.nbytes >= _ALWAYS_MAPPED:
+        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
     nested = (nested_absmax, nested_codebook, nested_offset)
     weight = _Weight(packed, absmax, nested, 1, out.numel(), blocksize)
     _C.nf4_dequantize(
