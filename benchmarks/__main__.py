@@ -43,7 +43,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", default=env.get("SHAPE", ""), help="one weight, as 4096x4096")
     parser.add_argument("--isa", default=env.get("ISA", ""), help="kernels' instruction set")
     parser.add_argument("--threads", default=env.get("THREADS", ""), help="only this many threads")
-    parser.add_argument("--only", default="", help="pytest's -k: cases whose name matches")
+    parser.add_argument(
+        "--only", default="", help="words a case's name must have, as 'forward M=1 bf16'"
+    )
     parser.add_argument(
         "--patience", type=float, default=0.0, help="seconds a case waits for a quiet machine"
     )
@@ -78,7 +80,7 @@ def run_pytest(
     flags += ["--patience", str(options.patience)]
     flags += ["--resume"] if options.resume else []
     flags += ["--forced"] if options.isa else []
-    flags += ["-k", options.only] if options.only else []
+    flags += ["--only", options.only] if options.only else []
     command = [
         sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), *files, *flags,
         "-s", "-q", "--no-header", "--disable-warnings", "--benchmark-enable", "--benchmark-quiet",

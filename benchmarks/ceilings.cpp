@@ -102,9 +102,13 @@ void stream(const char* in, int64_t read_lines, char* out, int64_t write_lines) 
 __attribute__((target("avx2,fma"))) void fma256(int64_t n) {
   const __m256 b = _mm256_set1_ps(0.5f), c = _mm256_set1_ps(1.0f);
 #define DECLARE(i) __m256 a##i = c;
-#define STEP(i) a##i = _mm256_fmadd_ps(a##i, b, c); asm volatile("" : "+x"(a##i));
+#define STEP(i)                       \
+  a##i = _mm256_fmadd_ps(a##i, b, c); \
+  asm volatile("" : "+x"(a##i));
   REPEAT12(DECLARE)
-  for (int64_t i = 0; i < n; ++i) { REPEAT12(STEP) }
+  for (int64_t i = 0; i < n; ++i) {
+    REPEAT12(STEP)
+  }
 #undef DECLARE
 #undef STEP
 }
@@ -112,9 +116,13 @@ __attribute__((target("avx2,fma"))) void fma256(int64_t n) {
 __attribute__((target("avx512f"))) void fma512(int64_t n) {
   const __m512 b = _mm512_set1_ps(0.5f), c = _mm512_set1_ps(1.0f);
 #define DECLARE(i) __m512 a##i = c;
-#define STEP(i) a##i = _mm512_fmadd_ps(a##i, b, c); asm volatile("" : "+v"(a##i));
+#define STEP(i)                       \
+  a##i = _mm512_fmadd_ps(a##i, b, c); \
+  asm volatile("" : "+v"(a##i));
   REPEAT12(DECLARE)
-  for (int64_t i = 0; i < n; ++i) { REPEAT12(STEP) }
+  for (int64_t i = 0; i < n; ++i) {
+    REPEAT12(STEP)
+  }
 #undef DECLARE
 #undef STEP
 }
@@ -122,9 +130,13 @@ __attribute__((target("avx512f"))) void fma512(int64_t n) {
 __attribute__((target("avx512f,avx512bf16"))) void bf16_dot(int64_t n) {
   const __m512bh b = (__m512bh)_mm512_set1_epi16(0x3f00), c = (__m512bh)_mm512_set1_epi16(0x3c00);
 #define DECLARE(i) __m512 a##i = _mm512_setzero_ps();
-#define STEP(i) a##i = _mm512_dpbf16_ps(a##i, b, c); asm volatile("" : "+v"(a##i));
+#define STEP(i)                        \
+  a##i = _mm512_dpbf16_ps(a##i, b, c); \
+  asm volatile("" : "+v"(a##i));
   REPEAT12(DECLARE)
-  for (int64_t i = 0; i < n; ++i) { REPEAT12(STEP) }
+  for (int64_t i = 0; i < n; ++i) {
+    REPEAT12(STEP)
+  }
 #undef DECLARE
 #undef STEP
 }
@@ -132,9 +144,13 @@ __attribute__((target("avx512f,avx512bf16"))) void bf16_dot(int64_t n) {
 __attribute__((target("avx512f,avx512vnni"))) void int8_dot(int64_t n) {
   const __m512i b = _mm512_set1_epi8(3), c = _mm512_set1_epi8(-2);
 #define DECLARE(i) __m512i a##i = b;
-#define STEP(i) a##i = _mm512_dpbusd_epi32(a##i, b, c); asm volatile("" : "+v"(a##i));
+#define STEP(i)                           \
+  a##i = _mm512_dpbusd_epi32(a##i, b, c); \
+  asm volatile("" : "+v"(a##i));
   REPEAT12(DECLARE)
-  for (int64_t i = 0; i < n; ++i) { REPEAT12(STEP) }
+  for (int64_t i = 0; i < n; ++i) {
+    REPEAT12(STEP)
+  }
 #undef DECLARE
 #undef STEP
 }
@@ -148,11 +164,19 @@ __attribute__((target("amx-tile,amx-bf16"))) void amx_bf16(int64_t n) {
   } config;
   asm volatile("" : "+m"(config));  // GCC 12 does not see that the next line reads all of it
   _tile_loadconfig(&config);
-  _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-  _tile_zero(4); _tile_zero(5); _tile_zero(6); _tile_zero(7);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
   for (int64_t i = 0; i < n; ++i) {
-    _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
   }
   _tile_release();
 }

@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("feinwerk benchmarks")
     group.addoption("--level", choices=plan.LEVELS, default="default")
     group.addoption("--shape", default="", help="only this weight, as 4096x4096")
+    group.addoption("--only", default="", help="words that a case's name must have")
     group.addoption("--results", default="", help="results file to merge into")
     group.addoption("--resume", action="store_true", help="skip what this commit has measured")
     group.addoption("--patience", type=float, default=0.0, help="seconds to wait for quiet")
@@ -47,8 +48,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.option
     shape = tuple(int(n) for n in option.shape.split("x")) if option.shape else None
     found = plan.cases(metafunc.module.OP, option.level, configuration(), shape, option.forced)
-    wanted = getattr(metafunc.module, metafunc.function.__name__).__dict__.get("what")
-    found = [case for case in found if wanted is None or case.what.startswith(wanted)]
+    words = set(option.only.split())
+    found = [case for case in found if words <= set(str(case).split())]
     metafunc.parametrize("case", found, ids=str)
 
 
@@ -117,6 +118,9 @@ def compare(session: Session, benchmark: Any) -> Compare:
         )
         mine = result.times(ours.name)
         traffic = (read_bytes + write_bytes) * 1e-9
+        bound, least = machine.roofline(
+            session.ceilings, session.isa, case.dtype, read_bytes, write_bytes, operations
+        )
         record: dict[str, Any] = {
             **case.as_dict(),
             "threads": session.configuration.threads,
@@ -128,6 +132,8 @@ def compare(session: Session, benchmark: Any) -> Compare:
             "write_bytes": write_bytes,
             "gbps": traffic / mine["median"],
             "gflops": operations / mine["median"] * 1e-9,
+            "bound": bound,
+            "share_of_limit": least / mine["median"],
             "peers": {
                 c.name: {
                     **result.times(c.name),

@@ -33,10 +33,10 @@ QUIET_SHARE = 0.1  # of all cores: a case that others disturbed more is measured
 # Units of arithmetic that an ISA of ours may use, per activation dtype; the fastest is the limit.
 UNITS = {
     "avx2": ("fma256",),
-    "avx512": ("fma256", "fma512"),
-    "avx512_vnni": ("fma256", "fma512"),
-    "avx512_bf16": ("fma256", "fma512", "bf16_dot"),
-    "amx": ("fma256", "fma512", "bf16_dot", "amx_bf16"),
+    "avx512": ("fma512",),
+    "avx512_vnni": ("fma512",),
+    "avx512_bf16": ("fma512", "bf16_dot"),
+    "amx": ("fma512", "bf16_dot", "amx_bf16"),
 }
 REDUCED_PRECISION = ("bf16_dot", "amx_bf16")  # not for fp32 activations
 UNIT_NAMES = {
@@ -255,6 +255,31 @@ def units(isa: str, dtype: torch.dtype) -> list[str]:
     if dtype != torch.bfloat16:
         names = tuple(unit for unit in names if unit not in REDUCED_PRECISION)
     return [unit for unit in names if arithmetic(unit, 1, 1e-4) > 0]
+
+
+def roofline(
+    values: dict[str, float], isa: str, dtype: str, reads: int, writes: int, operations: float
+) -> tuple[str, float]:
+    """(what limits an operation, the seconds it takes at least) at these measured ceilings.
+
+    Args:
+        values: from ceilings().
+        isa: of the kernels.
+        dtype: of the activations, as in plan.Case.
+        reads: bytes read.
+        writes: bytes written.
+        operations: floating-point operations.
+    """
+    memory = reads / values["read_gbps"] * 1e-9 + writes / values["write_gbps"] * 1e-9
+    allowed = [u for u in UNITS.get(isa, ()) if dtype == "bf16" or u not in REDUCED_PRECISION]
+    rates = {unit: values[f"{unit}_gops"] for unit in allowed if f"{unit}_gops" in values}
+    if not rates or not operations:
+        return "memory", memory
+    unit = max(rates, key=lambda name: rates[name])
+    arithmetic_seconds = operations / rates[unit] * 1e-9
+    if arithmetic_seconds > memory:
+        return UNIT_NAMES[unit], arithmetic_seconds
+    return "memory", memory
 
 
 def ceilings(threads: int, passes: int = 5) -> dict[str, float]:

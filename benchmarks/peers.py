@@ -273,7 +273,7 @@ def linear_peers(problem: Problem, what: str, few: bool) -> tuple[list[Candidate
             factories.append(functools.partial(_at_level, 4, 64))
             if problem.M == 1 and problem.cold:
                 factories.append(functools.partial(_at_level, 4, 32))
-        else:
+        elif bf16 or problem.M <= 64:
             factories.append(functools.partial(_at_level, 0, 64))
             if bf16 and problem.M == 1:
                 factories.append(ort_int4_fp16)

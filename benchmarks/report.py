@@ -61,6 +61,7 @@ def case_lines(title: str, record: dict[str, Any]) -> str:
     extra = f"{number(record['gbps'])} GB/s"
     if record["gflops"]:
         extra += f", {number(record['gflops'])} GFLOP/s"
+    extra += f", {100 * record['share_of_limit']:.0f} % of the limit ({record['bound']})"
     head = f"{milliseconds(mine['median'])} ms (min {milliseconds(mine['min'])})"
     lines = [f"\n{title}", f"  {'feinwerk':<28}{head:<30}{extra}"]
     for name, peer in record["peers"].items():
@@ -140,6 +141,11 @@ def memory_bar(record: dict[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def limit_cell(record: dict[str, Any]) -> str:
+    """Share of what the machine could do at most, and what that is bound by."""
+    return f"{100 * record['share_of_limit']:.0f} % ({record['bound']})"
+
+
 def peer_cell(record: dict[str, Any], name: str) -> str:
     """A peer's median time and how many times faster we are, empty where it did not run."""
     peer = record["peers"].get(name)
@@ -163,9 +169,9 @@ def matmul_table(
     rows = []
     for record in found:
         cells = [peer_cell(record, name) for name in names]
-        rate = number(record["gbps"]), number(record["gflops"])
+        rate = number(record["gbps"]), number(record["gflops"]), limit_cell(record)
         rows.append((str(record["M"]), milliseconds(record["ours"]["median"]), *rate, *cells))
-    yield from table(("M", "feinwerk ms", "GB/s", "GFLOP/s", *names), rows)
+    yield from table(("M", "feinwerk ms", "GB/s", "GFLOP/s", "of the limit", *names), rows)
 
 
 def other_table(data: dict[str, Any], op: str) -> Iterator[str]:
@@ -178,9 +184,11 @@ def other_table(data: dict[str, Any], op: str) -> Iterator[str]:
     for r in found:
         size = f"{r['N']}x{r['K']}" + (f", {r['M']} rows" if r["M"] else "")
         cells = [peer_cell(r, name) for name in names]
-        mine = milliseconds(r["ours"]["median"]), number(r["gbps"])
+        mine = milliseconds(r["ours"]["median"]), number(r["gbps"]), limit_cell(r)
         rows.append((f"{r['what']} {size}", r["dtype"], str(r["threads"]), *mine, *cells))
-    yield from table(("case", "dtype", "threads", "feinwerk ms", "GB/s", *names), rows)
+    yield from table(
+        ("case", "dtype", "threads", "feinwerk ms", "GB/s", "of the limit", *names), rows
+    )
 
 
 def memory_table(data: dict[str, Any]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from benchmarks import bars, harness, machine, plan, report
 from benchmarks.harness import Candidate
 from benchmarks.problem import Problem, check, ours
 from benchmarks.store import Store
+from feinwerk import backends
 
 
 def timed(name: str, seconds: float, log: list[str] | None = None) -> Candidate:
@@ -154,6 +155,16 @@ def test_limits_scale_with_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.arithmetic_limit("fma512", 5e9, 2).run(3) == pytest.approx(5e-3)
 
 
+def test_roofline_names_what_bounds() -> None:
+    values = {"read_gbps": 10.0, "write_gbps": 5.0, "fma512_gops": 100.0, "amx_bf16_gops": 1000.0}
+    slow = machine.roofline(values, "amx", "fp32", 10**9, 10**9, 1e9)
+    assert slow == ("memory", pytest.approx(0.3))
+    assert machine.roofline(values, "amx", "fp32", 1, 1, 1e11) == ("fp32 FMA, 512 bit", 1.0)
+    assert machine.roofline(values, "amx", "bf16", 1, 1, 1e12) == ("AMX bf16 tiles", 1.0)
+    assert machine.roofline(values, "avx512", "bf16", 1, 1, 1e11)[1] == 1.0
+    assert machine.roofline(values, "", "bf16", 10, 0, 1e11)[0] == "memory"
+
+
 def test_the_machine_can_be_probed() -> None:
     assert machine.stream_seconds(1, 1 << 20, 1 << 18) > 0
     assert machine.cache_bytes() > 0
@@ -168,7 +179,8 @@ def record(**values: object) -> dict[str, object]:
     return {
         "op": "nf4_linear", "what": "forward", "N": 4096, "K": 4096, "M": 64, "dtype": "bf16",
         "cold": True, "threads": 2, "isa": "amx", "onednn": "", "copies": 14, "ours": times,
-        "read_bytes": 9, "write_bytes": 1, "gbps": 1.0, "gflops": 2.0, "missing": {"x": "why"},
+        "read_bytes": 9, "write_bytes": 1, "gbps": 1.0, "gflops": 2.0,
+        "bound": "memory", "share_of_limit": 0.61, "missing": {"x": "why"},
         "peers": {
             "bitsandbytes": {**times, "ratio": {"median": 2.9, **spread}, "note": ""},
             "dense": {**times, "ratio": {"median": 1.5, **spread, "low": 1.2}, "note": "n"},
@@ -284,7 +296,17 @@ def test_report_renders_between_its_markers_only(tmp_path: Path) -> None:
 
 def test_report_lines_of_a_case_name_everything() -> None:
     text = report.case_lines("title", record(others_share=0.4))
-    for word in ("title", "feinwerk", "dense", "2.9x", "limit: memory", "70 %", "why", "40 %"):
+    for word in (
+        "title",
+        "feinwerk",
+        "dense",
+        "2.9x",
+        "limit: memory",
+        "61 %",
+        "70 %",
+        "why",
+        "40 %",
+    ):
         assert word in text
 
 
@@ -309,3 +331,15 @@ def test_the_entry_rejects_bad_options(
     with pytest.raises(SystemExit):
         entry.parse(arguments)
     assert "must be" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_one_case_from_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    isa = backends.isa() or "scalar"
+    arguments = ["--op", "nf4_linear", "--shape", "64x128", "--threads", "1", "--isa", isa]
+    assert entry.main([*arguments, "--only", "M=4 bf16", "--results", str(path)]) == 0
+    (found,) = json.loads(path.read_text(encoding="utf-8"))["cases"].values()
+    assert (found["isa"], found["threads"], found["M"]) == (isa, 1, 4)
+    assert {"dense", "bitsandbytes"} <= set(found["peers"])
+    assert found["ours"]["min"] > 0
