@@ -189,8 +189,9 @@ feinwerk_status feinwerk_nf4_embedding(const feinwerk_nf4_embedding_args* argume
     for_each_range(executor, args.indices_count, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = args.indices[i] * cols;
-        table.nf4_dequantize(args.weight, first, first + cols, args.dtype,
-                             static_cast<uint8_t*>(args.out) + i * cols * element_bytes(args.dtype));
+        table.nf4_dequantize(
+            args.weight, first, first + cols, args.dtype,
+            static_cast<uint8_t*>(args.out) + i * cols * element_bytes(args.dtype));
       }
     });
   });
@@ -240,8 +241,9 @@ feinwerk_status feinwerk_blockwise_dequantize(const feinwerk_blockwise_dequantiz
     check_buffer(op, "codebook", args.codebook, 256);
     check_buffer(op, "out", args.out, args.count);
     const KernelTable& table = active_table();
-    for_each_range(executor, blocks, std::max<int64_t>(1, kGrainElements / args.blocksize),
-                   [&](int64_t begin, int64_t end) { table.blockwise_dequantize(args, begin, end); });
+    for_each_range(
+        executor, blocks, std::max<int64_t>(1, kGrainElements / args.blocksize),
+        [&](int64_t begin, int64_t end) { table.blockwise_dequantize(args, begin, end); });
   });
 }
 

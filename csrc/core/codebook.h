@@ -27,16 +27,16 @@ constexpr float kNf4Codebook[16] = {
 // thresholds[t] parts code t from code t + 1; a value equal to it takes the lower code. The last
 // entry is never exceeded. The two rules differ by one ulp in four places (docs/format.md).
 constexpr float kNf4ThresholdsCpu[16] = {
-    -0x1.b239bp-1f,   -0x1.38a4ep-1f,   -0x1.d709p-2f,    -0x1.5bd4ecp-2f,
-    -0x1.e079d8p-3f,  -0x1.1a7178p-3f,  -0x1.74f0e2p-5f,  0x1.45f5fep-5f,
-    0x1.ec90c4p-4f,   0x1.a0cfcp-3f,    0x1.2b05a8p-2f,   0x1.8ea7f2p-2f,
-    0x1.00da08p-1f,   0x1.491b5ep-1f,   0x1.b913b4p-1f,   __builtin_huge_valf(),
+    -0x1.b239bp-1f,  -0x1.38a4ep-1f,  -0x1.d709p-2f,   -0x1.5bd4ecp-2f,
+    -0x1.e079d8p-3f, -0x1.1a7178p-3f, -0x1.74f0e2p-5f, 0x1.45f5fep-5f,
+    0x1.ec90c4p-4f,  0x1.a0cfcp-3f,   0x1.2b05a8p-2f,  0x1.8ea7f2p-2f,
+    0x1.00da08p-1f,  0x1.491b5ep-1f,  0x1.b913b4p-1f,  __builtin_huge_valf(),
 };
 constexpr float kNf4ThresholdsCuda[16] = {
-    -0x1.b239b2p-1f,  -0x1.38a4ep-1f,   -0x1.d709p-2f,    -0x1.5bd4ecp-2f,
-    -0x1.e079d8p-3f,  -0x1.1a7178p-3f,  -0x1.74f0e2p-5f,  0x1.45f5fep-5f,
-    0x1.ec90c6p-4f,   0x1.a0cfcp-3f,    0x1.2b05a8p-2f,   0x1.8ea7f2p-2f,
-    0x1.00da06p-1f,   0x1.491b5ep-1f,   0x1.b913b2p-1f,   __builtin_huge_valf(),
+    -0x1.b239b2p-1f, -0x1.38a4ep-1f,  -0x1.d709p-2f,   -0x1.5bd4ecp-2f,
+    -0x1.e079d8p-3f, -0x1.1a7178p-3f, -0x1.74f0e2p-5f, 0x1.45f5fep-5f,
+    0x1.ec90c6p-4f,  0x1.a0cfcp-3f,   0x1.2b05a8p-2f,  0x1.8ea7f2p-2f,
+    0x1.00da06p-1f,  0x1.491b5ep-1f,  0x1.b913b2p-1f,  __builtin_huge_valf(),
 };
 
 }  // namespace feinwerk

@@ -18,7 +18,7 @@ constexpr int64_t kNestedBlocksize = 256;
 //   work phase: `units` independent pieces of the weight, each with its own `scratch`
 // Both depend on shapes, dtype and ISA only, so results do not depend on the number of threads.
 struct ProductPlan {
-  int64_t chunk_rows;     // rows of x (or grad_y) handled at once, at least 1
+  int64_t chunk_rows;  // rows of x (or grad_y) handled at once, at least 1
   int64_t pack_units;
   int64_t units;
   int64_t shared_bytes;   // multiple of 64

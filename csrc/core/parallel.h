@@ -32,7 +32,8 @@ void for_each_unit(const feinwerk_executor* executor, int64_t units, const Body&
       executor->self, tasks,
       [](void* arg, int64_t task) {
         auto& state = *static_cast<Shared*>(arg);
-        for (int64_t unit; (unit = state.next.fetch_add(1, std::memory_order_relaxed)) < state.units;)
+        for (int64_t unit;
+             (unit = state.next.fetch_add(1, std::memory_order_relaxed)) < state.units;)
           state.body(unit, task);
       },
       &shared);

@@ -1,4 +1,5 @@
-// The one way an operation fails: throw Failure, and guarded() turns it into a status and a message.
+// The one way an operation fails: throw Failure, and guarded() turns it into a status and a
+// message.
 #ifndef FEINWERK_CORE_STATUS_H_
 #define FEINWERK_CORE_STATUS_H_
 

@@ -142,7 +142,8 @@ inline void decode_floats(const feinwerk_nf4_weight& w, int64_t begin, int64_t e
   for_each_block(w, begin, end, [&](int64_t block, int64_t e, int64_t stop) {
     const Table16 table = Dtype::round(scale(codebook, block_absmax(w, block)));
     if (e % 2 == 0)
-      for (; e + kWidth <= stop; e += kWidth) store(dst + (e - begin), decode(table, w.packed + e / 2));
+      for (; e + kWidth <= stop; e += kWidth)
+        store(dst + (e - begin), decode(table, w.packed + e / 2));
     uint8_t buffer[kWidth / 2];
     for (; e < stop; e += kWidth) {
       const int64_t count = min64(kWidth, stop - e);
@@ -211,7 +212,8 @@ inline void decode_panel_row_bf16(const feinwerk_nf4_weight& w, int64_t begin, i
     scales[count] = 0;
     const uint8_t* packed = w.packed + begin / 2;
     for (int64_t block = 0; block < count; block += 2) {
-      const I tables = table_bf16_pair(scale(codebook, scales[block]), scale(codebook, scales[block + 1]));
+      const I tables =
+          table_bf16_pair(scale(codebook, scales[block]), scale(codebook, scales[block + 1]));
       _mm512_storeu_si512(at(i), decode32_words<0>(tables, packed + i / 2));
       _mm512_storeu_si512(at(i + 32), decode32_words<0>(tables, packed + i / 2 + 16));
       i += kScaleBlock;

@@ -5,7 +5,8 @@
 // consecutive elements a lane; nibble j of all lanes is looked up at once, so the activations are
 // rearranged first, chunk by chunk of 8 * kWidth elements:
 //
-//   x[chunk]:  element 8 i + (j ^ 1)  ->  position kWidth j + i        (the high nibble comes first)
+//   x[chunk]:  element 8 i + (j ^ 1)  ->  position kWidth j + i        (the high nibble comes
+//   first)
 #ifndef FEINWERK_KERNELS_GEMV_H_
 #define FEINWERK_KERNELS_GEMV_H_
 
@@ -47,7 +48,8 @@ void gemv_pack(const typename Dtype::Element* x, int64_t rows, int64_t cols, flo
     for (int64_t k = 0; k < depth; k += kChunk) {
       float chunk[kChunk];
       for (int64_t i = 0; i < kChunk; i += kWidth)
-        store(chunk + i, k + i < cols ? read_part<Dtype>(x + m * cols + k + i, cols - k - i) : zero());
+        store(chunk + i,
+              k + i < cols ? read_part<Dtype>(x + m * cols + k + i, cols - k - i) : zero());
       float* out = packed + m * depth + k;
       for (int64_t j = 0; j < 8; ++j)
         for (int64_t i = 0; i < kWidth; ++i) out[j * kWidth + i] = chunk[8 * i + (j ^ 1)];
@@ -138,8 +140,8 @@ void int8_pack(const typename Dtype::Element* x, int64_t cols, uint8_t* packed) 
     const float absmax = float_of_bits(reduce_max_bits(most));
     const float inverse = absmax > 0 ? 127.0f / absmax : 0.0f;
     // NaN or infinity in x must reach y: a scale of NaN says so.
-    scales[k / kScaleBlock] = absmax < __builtin_huge_valf() ? absmax / (127.0f * 127.0f)
-                                                             : __builtin_nanf("");
+    scales[k / kScaleBlock] =
+        absmax < __builtin_huge_valf() ? absmax / (127.0f * 127.0f) : __builtin_nanf("");
     for (int64_t i = 0; i < kScaleBlock; ++i) {
       const float scaled = block[i] * inverse;
       const float shifted = scaled + (scaled < 0 ? -0.5f : 0.5f);
@@ -172,8 +174,9 @@ void int8_tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const flo
 }
 
 #if defined(FEINWERK_BF16_DOT)
-// bf16 activations and weights rounded to bf16, as everywhere else: every 64 elements get a table of
-// their own, codebook * absmax rounded, and two tables share a register. Words instead of dwords:
+// bf16 activations and weights rounded to bf16, as everywhere else: every 64 elements get a table
+// of their own, codebook * absmax rounded, and two tables share a register. Words instead of
+// dwords:
 //
 //   x[chunk]:  element 4 i + (j ^ 1)  ->  position 32 j + i,  j = 0 .. 3
 inline void bf16_pack(const uint16_t* x, int64_t rows, int64_t cols, uint16_t* packed) {
@@ -183,7 +186,8 @@ inline void bf16_pack(const uint16_t* x, int64_t rows, int64_t cols, uint16_t* p
       uint16_t chunk[kChunk] = {};
       memcpy(chunk, x + m * cols + k, static_cast<size_t>(min64(kChunk, cols - k)) * 2);
       for (int64_t j = 0; j < 4; ++j)
-        for (int64_t i = 0; i < 32; ++i) packed[m * depth + k + 32 * j + i] = chunk[4 * i + (j ^ 1)];
+        for (int64_t i = 0; i < 32; ++i)
+          packed[m * depth + k + 32 * j + i] = chunk[4 * i + (j ^ 1)];
     }
 }
 

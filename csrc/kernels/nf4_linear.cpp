@@ -7,8 +7,8 @@
 namespace feinwerk {
 namespace {
 
-constexpr int64_t kPanelRows = 96;                    // rows of W decoded together
-constexpr int64_t kPackedBytes = int64_t{16} << 20;   // of activations a chunk, about
+constexpr int64_t kPanelRows = 96;                   // rows of W decoded together
+constexpr int64_t kPackedBytes = int64_t{16} << 20;  // of activations a chunk, about
 constexpr int64_t kMaxChunkRows = 1024;
 
 using Args = feinwerk_nf4_linear_args;
@@ -166,9 +166,11 @@ void vector_unit(const Args& args, int64_t row, int64_t m_rows, int64_t unit, co
   const auto* x = reinterpret_cast<const typename Vector::Packed*>(shared);
   float out[kGemvRows * kGemvUnit] = {};
   if (m_rows == 1)
-    vector_tiles<Vector, 1, 1>(cols, rows, vector_tiles<Vector, 4, 1>(cols, rows, 0, x, out), x, out);
+    vector_tiles<Vector, 1, 1>(cols, rows, vector_tiles<Vector, 4, 1>(cols, rows, 0, x, out), x,
+                               out);
   else if (m_rows == 2)
-    vector_tiles<Vector, 1, 2>(cols, rows, vector_tiles<Vector, 2, 2>(cols, rows, 0, x, out), x, out);
+    vector_tiles<Vector, 1, 2>(cols, rows, vector_tiles<Vector, 2, 2>(cols, rows, 0, x, out), x,
+                               out);
   else if (m_rows == 3)
     vector_tiles<Vector, 1, 3>(cols, rows, 0, x, out);
   else
@@ -198,9 +200,8 @@ void int8_unit(const Args& args, int64_t row, int64_t m_rows, int64_t unit, cons
       tile(part);
     }
   }
-  with_dtype(args.dtype, [&](auto dtype) {
-    finish_vector<decltype(dtype)>(args, row, m_rows, rows, out);
-  });
+  with_dtype(args.dtype,
+             [&](auto dtype) { finish_vector<decltype(dtype)>(args, row, m_rows, rows, out); });
 }
 
 }  // namespace
@@ -249,9 +250,9 @@ void nf4_linear_pack(const Args& args, int64_t row, int64_t rows, int64_t unit, 
     const auto* x = static_cast<const typename Dtype::Element*>(args.x) + (row + m) * cols;
     for (int64_t block = 0; block < depth.blocks(); ++block) {
       const int64_t t = depth.begin(block), size = depth.size(block), k = t * Engine::kPair;
-      pack_lanes<Dtype>(engine, x + k, cols, min64(kWidth, rows - m), cols - k, size,
-                        reinterpret_cast<typename Engine::Unit*>(shared) + t * c_stride +
-                            unit * size * kWidth);
+      pack_lanes<Dtype>(
+          engine, x + k, cols, min64(kWidth, rows - m), cols - k, size,
+          reinterpret_cast<typename Engine::Unit*>(shared) + t * c_stride + unit * size * kWidth);
     }
   });
 }

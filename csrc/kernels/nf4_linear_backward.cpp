@@ -13,7 +13,8 @@ constexpr int64_t kMaxChunkRows = 1024;
 
 using Args = feinwerk_nf4_linear_backward_args;
 
-// Wide slabs read longer pieces of every row of W; narrow matrices need enough units for all threads.
+// Wide slabs read longer pieces of every row of W; narrow matrices need enough units for all
+// threads.
 int64_t slab_of(const feinwerk_nf4_weight& w) { return w.cols >= 2048 ? kMaxSlab : 64; }
 
 template <class Engine>

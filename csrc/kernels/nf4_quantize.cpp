@@ -12,7 +12,8 @@ constexpr int64_t kMaxBlocksize = 4096;
 template <class Dtype>
 uint32_t largest_magnitude(const typename Dtype::Element* x, int64_t count) {
   I most = abs_bits(Dtype::read(x));
-  for (int64_t i = kWidth; i < count; i += kWidth) most = max_bits(most, abs_bits(Dtype::read(x + i)));
+  for (int64_t i = kWidth; i < count; i += kWidth)
+    most = max_bits(most, abs_bits(Dtype::read(x + i)));
   return reduce_max_bits(most);
 }
 
@@ -47,7 +48,8 @@ void encode(const typename Dtype::Element* x, int64_t count, float factor, const
 
 // bitsandbytes on CPU divides in a partial last block and stores its clamped scale.
 template <class Dtype>
-void encode_cpu_tail(const typename Dtype::Element* x, int64_t count, float divisor, uint8_t* packed) {
+void encode_cpu_tail(const typename Dtype::Element* x, int64_t count, float divisor,
+                     uint8_t* packed) {
   for (int64_t i = 0; i < count; i += kWidth) {
     float lanes[kWidth];
     store(lanes, Dtype::read(x + i));

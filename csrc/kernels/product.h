@@ -1,4 +1,5 @@
-// The blocked matrix product under nf4_linear and its gradient: C[rows, lanes] += A[rows, T] B[T, lanes].
+// The blocked matrix product under nf4_linear and its gradient: C[rows, lanes] += A[rows, T] B[T,
+// lanes].
 //
 // Forward:   C = y^T,  A = W decoded (rows: out_features),  B = x packed    (lanes: rows of x)
 // Backward:  C = dX,   A = dY packed (rows: rows of dY),    B = W decoded   (lanes: in_features)
@@ -103,10 +104,18 @@ inline void sweep_rows(Engine engine, const typename Engine::Unit* a, int64_t ro
       micro<n, n_groups>(engine, a + Engine::a_offset(r, 0), b, b_stride, depth, c + r * c_stride,
                          c_stride, first);
   };
-  struct Full { enum { value = kMicroRows }; };
-  struct Half { enum { value = kMicroRows / 2 }; };
-  struct Two { enum { value = 2 }; };
-  struct One { enum { value = 1 }; };
+  struct Full {
+    enum { value = kMicroRows };
+  };
+  struct Half {
+    enum { value = kMicroRows / 2 };
+  };
+  struct Two {
+    enum { value = 2 };
+  };
+  struct One {
+    enum { value = 1 };
+  };
   step(Full{});
   step(Half{});
   step(Two{});
@@ -294,7 +303,8 @@ inline void pack_rows(Engine engine, const typename Dtype::Element* x, int64_t s
 template <class Dtype, class Engine>
 inline void decode_rows(Engine, const feinwerk_nf4_weight& w, int64_t n, int64_t rows, int64_t t,
                         int64_t depth, typename Engine::Unit* a) {
-  const int64_t k = t * Engine::kPair, total = depth * Engine::kPair, end = min64(w.cols, k + total);
+  const int64_t k = t * Engine::kPair, total = depth * Engine::kPair,
+                end = min64(w.cols, k + total);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = (n + r) * w.cols;
     const auto at = [&](int64_t i) { return a + Engine::a_offset(r, i / Engine::kPair); };
@@ -334,9 +344,9 @@ template <class Dtype>
 inline void decode_lanes(PairEngine, const feinwerk_nf4_weight& w, int64_t n, int64_t depth,
                          int64_t k, int64_t lanes, uint32_t* b) {
   // Word 2 i of a result is word i of the even row, word 2 i + 1 that of the odd row.
-  alignas(64) static constexpr uint16_t kFirst[32] = {
-      0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  alignas(64) static constexpr uint16_t kFirst[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const I first = _mm512_load_si512(kFirst);
   const I second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   const int64_t end = min64(w.cols, k + lanes);

@@ -40,7 +40,8 @@ const OpenMp& openmp() {
   return found;
 }
 
-// libgomp's pool does not survive fork(): a child that used it would wait for threads that are gone.
+// libgomp's pool does not survive fork(): a child that used it would wait for threads that are
+// gone.
 std::atomic<bool> forked{false};
 
 void watch_fork() {

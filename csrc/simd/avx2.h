@@ -40,8 +40,8 @@ inline F load_f16(const uint16_t* p) {
 inline I bf16_bits(F x) {
   const I u = _mm256_castps_si256(x);
   const I odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  const I rounded = _mm256_srli_epi32(
-      _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+  const I rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
   const I quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
   const I nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(rounded, quiet, nan);
@@ -91,9 +91,7 @@ inline F decode(const Table16& t, const uint8_t* p) {
   const I shift = _mm256_set_epi32(24, 28, 16, 20, 8, 12, 0, 4);
   return lookup(t, _mm256_srlv_epi32(_mm256_set1_epi32(codes), shift));
 }
-inline I load_dwords(const void* p) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-}
+inline I load_dwords(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 template <int j>
 inline F decode_nibble(const Table16& t, I v) {
   return lookup(t, _mm256_srli_epi32(v, 4 * j));

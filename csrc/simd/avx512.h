@@ -32,12 +32,13 @@ inline F load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-// bf16 bits in the low half of every dword. In integers: the hardware conversion flushes subnormals.
+// bf16 bits in the low half of every dword. In integers: the hardware conversion flushes
+// subnormals.
 inline I bf16_bits(F x) {
   const I u = _mm512_castps_si512(x);
   const I odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const I rounded = _mm512_srli_epi32(
-      _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const I rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   return _mm512_mask_or_epi32(rounded, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
 }
@@ -114,8 +115,8 @@ inline I nf4_code(F x, const float* thresholds) {
       _mm512_alignr_epi32(_mm512_castps_si512(table), _mm512_castps_si512(table), 3));
   const F plus1 = _mm512_castsi512_ps(
       _mm512_alignr_epi32(_mm512_castps_si512(table), _mm512_castps_si512(table), 1));
-  I code = _mm512_maskz_set1_epi32(
-      _mm512_cmp_ps_mask(x, _mm512_set1_ps(thresholds[7]), kExceeds), 8);
+  I code =
+      _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(x, _mm512_set1_ps(thresholds[7]), kExceeds), 8);
   __mmask16 m = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(code, plus3), kExceeds);
   code = _mm512_mask_or_epi32(code, m, code, _mm512_set1_epi32(4));
   m = _mm512_cmp_ps_mask(x, _mm512_permutexvar_ps(code, plus1), kExceeds);
@@ -124,8 +125,8 @@ inline I nf4_code(F x, const float* thresholds) {
   return _mm512_mask_or_epi32(code, m, code, _mm512_set1_epi32(1));
 }
 
-// The same for |x| <= 1 + 2^-20 and thresholds that part NF4's codes, in half the steps: of 32 equal
-// bins of [-1, 1] none holds two thresholds, so one comparison with the bin's own decides.
+// The same for |x| <= 1 + 2^-20 and thresholds that part NF4's codes, in half the steps: of 32
+// equal bins of [-1, 1] none holds two thresholds, so one comparison with the bin's own decides.
 struct CodeBins {
   F threshold_low, threshold_high;
   I code_low, code_high;

@@ -39,14 +39,17 @@ inline float float_of_f16(uint16_t h) {
 
 inline uint16_t f16_of_float(float x) {
   const uint32_t u = bits_of(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00 | (magnitude >> 13 & 511));
+  if (magnitude > 0x7f800000u)
+    return static_cast<uint16_t>(sign | 0x7e00 | (magnitude >> 13 & 511));
   if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
   if (magnitude < 0x38800000u) {
-    // Below the smallest normal: adding 2^-1 aligns the subnormal grid of fp16 with fp32's last bit.
+    // Below the smallest normal: adding 2^-1 aligns the subnormal grid of fp16 with fp32's last
+    // bit.
     const float aligned = float_of_bits(magnitude) + 0.5f;
     return static_cast<uint16_t>(sign | (bits_of(aligned) - 0x3f000000u));
   }
-  return static_cast<uint16_t>(sign | (magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13);
+  return static_cast<uint16_t>(sign |
+                               (magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13);
 }
 
 }  // namespace

@@ -41,7 +41,8 @@ typedef enum feinwerk_dtype {
 /* Which quantizer's decisions are reproduced (docs/format.md, "Rules"). */
 typedef enum feinwerk_rule {
   FEINWERK_RULE_CPU = 0, /* bitsandbytes on CPU, its 65,536-bin search of 8-bit codes included */
-  FEINWERK_RULE_CUDA = 1 /* CUDA's thresholds and zero and NaN rules; exact nearest for 8-bit codes */
+  FEINWERK_RULE_CUDA =
+      1 /* CUDA's thresholds and zero and NaN rules; exact nearest for 8-bit codes */
 } feinwerk_rule;
 
 /* How nf4_linear may compute the product. */
@@ -144,7 +145,7 @@ typedef struct feinwerk_nf4_embedding_args {
 typedef struct feinwerk_blockwise_quantize_args {
   const float* x;
   int64_t count;
-  int64_t blocksize; /* any positive */
+  int64_t blocksize;     /* any positive */
   const float* codebook; /* 256 entries, ascending */
   feinwerk_rule rule;
   int32_t center;
@@ -184,8 +185,7 @@ FEINWERK_API feinwerk_status feinwerk_blockwise_dequantize(
 /* Scratch that the two products need: *bytes is bounded by about 16 MiB for packed activations
  * plus 1.5 MiB per thread, whatever N is (docs/ops/nf4_linear.md has the formula). */
 FEINWERK_API feinwerk_status feinwerk_nf4_linear_workspace(int64_t m, int64_t n, int64_t k,
-                                                           int64_t blocksize,
-                                                           feinwerk_dtype dtype,
+                                                           int64_t blocksize, feinwerk_dtype dtype,
                                                            feinwerk_compute compute,
                                                            int64_t threads, int64_t* bytes);
 FEINWERK_API feinwerk_status feinwerk_nf4_linear_backward_workspace(int64_t m, int64_t n, int64_t k,
@@ -201,8 +201,8 @@ FEINWERK_API const char* feinwerk_version(void);
 /* Instruction sets, in the order of preference, ascending: the last available one is chosen at
  * first use, or the one that the environment variable FEINWERK_ISA names. */
 FEINWERK_API int64_t feinwerk_isa_count(void);
-FEINWERK_API const char* feinwerk_isa_name(int64_t index);   /* null when out of range */
-FEINWERK_API int32_t feinwerk_isa_available(int64_t index);  /* built in and supported by this CPU */
+FEINWERK_API const char* feinwerk_isa_name(int64_t index);  /* null when out of range */
+FEINWERK_API int32_t feinwerk_isa_available(int64_t index); /* built in and supported by this CPU */
 /* The ISA in use. FEINWERK_INVALID_ARGUMENT when FEINWERK_ISA names an unknown one,
  * FEINWERK_UNSUPPORTED when this CPU lacks it. */
 FEINWERK_API feinwerk_status feinwerk_active_isa(const char** name);
