@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 
-from feinwerk import _checks, backends, checkpoint
+from feinwerk import _checks, checkpoint
+from feinwerk.backends import serving
 from feinwerk.codebook import dynamic_map
-from feinwerk.ops import (
-    blockwise_quantize,
-    nf4_dequantize,
-    nf4_embedding,
-    nf4_linear,
-    nf4_quantize,
-)
+from feinwerk.ops.blockwise_quantize import blockwise_quantize
+from feinwerk.ops.nf4_dequantize import nf4_dequantize
+from feinwerk.ops.nf4_embedding import nf4_embedding
+from feinwerk.ops.nf4_linear import nf4_linear
+from feinwerk.ops.nf4_quantize import nf4_quantize
 
 # Elements quantized per call where a call needs a workspace, which this bounds whatever the size of
 # the weight. A multiple of every blocksize, so blocks are never cut.
@@ -390,8 +389,9 @@ def _quantize_in_slabs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize the flattened weight in one call if that needs no workspace, else slab by slab."""
     count = weight.numel()
-    backend, _ = backends.serving("nf4_quantize", weight.device.type)
-    if count <= _SLAB or (backend != "reference" and weight.is_contiguous()):
+    backend, _ = serving("nf4_quantize", weight.device.type)
+    in_place = backend != "reference" and weight.is_contiguous()
+    if count <= _SLAB or in_place or weight.is_meta:
         return quantize(weight)
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=weight.device)

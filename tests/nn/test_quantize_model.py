@@ -252,7 +252,11 @@ class TestRefusals:
     def test_bad_weights_are_found_before_anything_changes(self) -> None:
         for spoil, error, message in [
             (lambda m: m.double(), TypeError, "layers.1.down.weight must be torch.float32"),
-            (lambda m: m.to("meta"), ValueError, "layers.1.down.weight must hold data"),
+            (
+                lambda m: setattr(m, "weight", nn.Parameter(torch.empty(0, 33))),
+                ValueError,
+                "layers.1.down.weight must have elements",
+            ),
         ]:
             model = make()
             spoil(model.layers[1].down)
@@ -269,6 +273,8 @@ class TestRefusals:
             quantize_model(model)
         assert nf4_names(model) == LINEARS[:2]
         assert type(model.layers[1].up) is nn.Linear
+        quantize_model(model, allow_non_finite=True, double_quant=False)
+        assert nf4_names(model) == LINEARS
 
 
 def test_dequantize_model_keeps_dtype_and_frees_nothing_else() -> None:
@@ -278,8 +284,20 @@ def test_dequantize_model_keeps_dtype_and_frees_nothing_else() -> None:
     assert dequantize_model(model, torch.bfloat16) == ["embed", *LINEARS]
     for name, dense in expected.items():
         assert_same_bits(model.get_submodule(name).weight.detach(), dense)
+    with pytest.raises(ValueError, match="dequantize_model: model must contain"):
+        dequantize_model(NF4Linear(3, 3))
     with pytest.raises(TypeError, match="dequantize_model: dtype must be"):
         dequantize_model(model, torch.float64)
+
+
+def test_a_model_on_meta_gets_empty_layers_for_a_checkpoint() -> None:
+    source = make()
+    quantize_model(source)
+    model = make().to("meta")
+    assert len(quantize_model(model).layers) == 4
+    assert model.layers[0].up.weight.is_meta
+    model.load_state_dict(source.state_dict(), assign=True)
+    assert_same_bits(model(TOKENS).detach(), source(TOKENS).detach())
 
 
 class TestMemory:

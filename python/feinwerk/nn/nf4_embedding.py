@@ -7,7 +7,7 @@ from torch import nn
 
 from feinwerk import _checks
 from feinwerk.nn.nf4_module import NF4Module, empty_weight
-from feinwerk.ops import nf4_embedding
+from feinwerk.ops.nf4_embedding import nf4_embedding
 from feinwerk.weight import NF4Weight
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,6 +76,7 @@ def quantize_model(
     double_quant: bool = True,
     blocksize: int = 64,
     rule: str = "cpu",
+    allow_non_finite: bool = False,
     embeddings: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeReport:
@@ -86,6 +88,9 @@ def quantize_model(
     (and torch.nn.Embedding) are replaced; whatever dense matrix is left is in the report with the
     reason.
 
+    A model on the meta device gets empty NF4 layers, to load a quantized checkpoint into:
+    `quantize_model(model)`, then `model.load_state_dict(state, assign=True)`.
+
     Args:
         model: any module that contains the layers.
         skip: what stays dense: a run of dotted name parts ("lm_head", "layers.0", "mlp.gate") or
@@ -93,6 +98,7 @@ def quantize_model(
         double_quant: also quantize absmax.
         blocksize: elements per absmax, 32 to 4096.
         rule: "cpu" or "cuda", whose rounding decisions are followed.
+        allow_non_finite: pass NaN and infinity on as bitsandbytes does.
         embeddings: also replace every torch.nn.Embedding, by NF4Embedding. An lm_head that is tied
             to the embedding can only be quantized together with it.
         progress: called as progress(done, total, name) after each weight.
@@ -103,9 +109,9 @@ def quantize_model(
     Raises:
         TypeError: if `skip` is one string or `progress` cannot be called, or a weight to quantize
             is not fp32, bf16 or fp16; nothing has been changed then.
-        ValueError: if blocksize or rule is unknown, `model` is itself a layer to replace, or a
-            weight is on the meta device (nothing has been changed then), or a weight is not finite
-            (the layers before it are NF4 then, it and the rest are as they were).
+        ValueError: if blocksize or rule is unknown or `model` is itself a layer to replace
+            (nothing has been changed then), or if a weight is not finite (the layers before it are
+            NF4 then, it and the rest are as they were).
 
     Source:
         QLoRA (arXiv 2305.14314), section 3.
@@ -132,7 +138,12 @@ def quantize_model(
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     report.unused_skips = [e for e in skip if not any(_matches(e, name) for name in names)]
     for done, places in enumerate(groups, start=1):
-        report.layers.append(_replace(places, blocksize, double_quant, rule))
+        report.layers.append(
+            _replace(
+                places, blocksize=blocksize, double_quant=double_quant, rule=rule,
+                allow_non_finite=allow_non_finite,
+            )
+        )  # fmt: skip
         if progress is not None:
             progress(done, len(groups), places[0].name)
     report.bytes_after = _model_bytes(model)
@@ -153,6 +164,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list
 
     Raises:
         TypeError: if dtype is not torch.float32, torch.bfloat16 or torch.float16.
+        ValueError: if `model` is itself an NF4 layer.
 
     Source:
         docs/ops/nf4_dequantize.md.
@@ -164,6 +176,9 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list
     """
     if dtype is not None:
         _checks.out_dtype("dequantize_model", dtype)
+    if isinstance(model, NF4Module):
+        rule = "contain the layers to replace (for a single one: to_linear())"
+        _checks.reject(ValueError, "dequantize_model", "model", rule, type(model).__name__)
     # The ids are taken while every weight is alive, so that none stands for two.
     plan = [
         (place, id(place.module.weight))
@@ -260,22 +275,18 @@ def _check_source(place: _Place) -> None:
     assert isinstance(weight, torch.Tensor)
     name = f"{place.name}.weight"
     _checks.floating(_OP, name, weight)
-    if weight.is_meta:
-        _checks.reject(ValueError, _OP, name, "hold data", "a weight on the meta device")
     if weight.numel() == 0:
         _checks.reject(ValueError, _OP, name, "have elements", tuple(weight.shape))
 
 
-def _replace(places: list[_Place], blocksize: int, double_quant: bool, rule: str) -> QuantizedLayer:
+def _replace(places: list[_Place], **options: Any) -> QuantizedLayer:
     """Quantize the one weight of these places and put a new layer into each."""
     name = places[0].name
     source = places[0].module.weight
     assert isinstance(source, torch.Tensor)
     before = source.nbytes
     try:
-        weight = NF4Weight.from_dense(
-            source, blocksize=blocksize, double_quant=double_quant, rule=rule
-        )
+        weight = NF4Weight.from_dense(source, **options)
     except ValueError as error:
         raise ValueError(f"{_OP}: {name}.weight: {error}") from error
     made: dict[int, NF4Module] = {}
