@@ -1,6 +1,7 @@
 // The C ABI as a C11 host sees it: values on fixed sizes, and an error for everything wrong.
 //
 //   test_abi           every test, the values on every instruction set of this CPU
+//   test_abi --small   the same with the first few sizes only, for an emulator
 //   test_abi --large   values where the activations do not fit the workspace at once
 //   test_abi --isas    prints the instruction sets of this CPU
 //   test_abi --isa     prints the instruction set that is chosen by default
@@ -293,7 +294,7 @@ static void test_isas(void) {
          feinwerk_active_isa(NULL));
 }
 
-static void test_values(void) {
+static void test_values(size_t first) {
   static const test_case cases[] = {
       {.m = 1, .n = 64, .k = 128, .blocksize = 64, .threads = 1},
       {.m = 0, .n = 3, .k = 5, .blocksize = 32, .threads = 2},
@@ -306,7 +307,7 @@ static void test_values(void) {
       {.m = 5, .n = 40, .k = 300, .blocksize = 4096, .shift = 1, .threads = 4},
       {.m = 16, .n = 300, .k = 64, .blocksize = 64, .nested = 1, .threads = 2},
   };
-  for (size_t i = 0; i < sizeof cases / sizeof *cases; ++i) {
+  for (size_t i = 0; i < sizeof cases / sizeof *cases && i < first; ++i) {
     for (int dtype = 0; dtype < 3; ++dtype) {
       test_case test = cases[i];
       test.dtype = (feinwerk_dtype)dtype;
@@ -365,7 +366,7 @@ int main(int argc, char** argv) {
   test_backward_errors();
   test_blockwise_errors();
   test_isas();
-  test_values();
+  test_values(argc > 1 && strcmp(argv[1], "--small") == 0 ? 6 : SIZE_MAX);
   printf("test_abi: %d checks passed; instruction sets:", checks);
   print_isas();
   return 0;
