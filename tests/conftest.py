@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,12 +20,17 @@ _COMMON: dict[str, Any] = {
     "suppress_health_check": [hypothesis.HealthCheck.function_scoped_fixture],
 }
 hypothesis.settings.register_profile("ci", max_examples=20, **_COMMON)
-hypothesis.settings.register_profile("full", max_examples=300, **_COMMON)
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+hypothesis.settings.register_profile("full", max_examples=150, **_COMMON)
 
 # Small tensors on a busy machine: waking a second thread costs more than the work. The tests that
 # are about threads set their own number.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Take few examples in `make test`, which leaves the `full` tests out, and more elsewhere."""
+    small = "not full" in config.option.markexpr
+    hypothesis.settings.load_profile("ci" if small else "full")
 
 
 @pytest.fixture(params=testing.backend_ids())

@@ -103,33 +103,3 @@ def test_more_than_2_to_the_31_elements_by_shapes() -> None:
     indices = torch.empty(3, 2, dtype=torch.int64, device="meta")
     out = nf4_embedding(indices, packed, absmax, N=N, K=K, dtype=torch.bfloat16)
     assert out.shape == (3, 2, K)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
-def test_last_rows_of_2_to_the_31_elements(backend: str, double_quant: bool) -> None:
-    # 1.1 GB of codes; only the last rows differ from zero, and only they are looked at.
-    K, N = 2**15 + 1, 2**16
-    small = make_weight(2, K, blocksize=64, double_quant=double_quant, seed=5)
-    count = N * K
-    assert count > 2**31
-    start = (N - 2) * K  # even, and a multiple of 64 below: the small weight is moved, not split
-    aligned = start // 64 * 64
-    packed = torch.zeros(count // 2, dtype=torch.uint8)
-    packed[aligned // 2 : aligned // 2 + small.packed.numel()] = small.packed
-    absmax = torch.zeros(-(-count // 64), dtype=small.absmax.dtype)
-    absmax[aligned // 64 : aligned // 64 + small.absmax.numel()] = small.absmax
-    nested = small.nested
-    if nested[0] is not None:
-        scales = torch.zeros(-(-absmax.numel() // 256))
-        scales[:] = nested[0].amax()
-        nested = (scales, nested[1], nested[2])
-        codes = small.absmax.int()
-        decoded = nested[1][codes] * nested[0][0] + nested[2]
-        small = testing.WeightCase(2, K, 64, small.packed, decoded, (None, None, None))
-    got = nf4_embedding(
-        torch.tensor([N - 2, N - 1]), packed, absmax, *nested, N=N, K=K, blocksize=64
-    ).view(-1)
-    expected = small.dense().view(-1)
-    shift = start - aligned
-    assert_same_bits(got[: 2 * K - shift], expected[shift:])

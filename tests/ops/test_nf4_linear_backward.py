@@ -122,7 +122,7 @@ def test_any_sizes(
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+@pytest.mark.parametrize("blocksize", [32, 64, 512, 4096])
 def test_full_matrix(backend: str, dtype: torch.dtype, blocksize: int) -> None:
     for N, K in ((1, 4097), (127, 129), (257, 1024), (577, 512), (2048, 96)):
         for double_quant in (False, True):

@@ -200,13 +200,14 @@ def test_any_sizes(
 
 
 @pytest.mark.full
-def test_every_bf16_weight_beside_every_scale(backend: str) -> None:
-    # All 65,536 bf16 patterns in blocks whose absmax differ: denormal to huge.
-    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+def test_every_bf16_value_beside_every_scale(backend: str) -> None:
+    # All 65,536 bf16 patterns, 31 to a block whose first element sets a scale of its own.
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    values = torch.nn.functional.pad(every, (0, -len(every) % 31)).view(-1, 31)
     for rule in RULES:
         for scale in (1.0, 0.7, 3e-39, 1e30):
-            x = torch.cat([every.float().view(-1, 31), every.float()[:2114].view(-1, 1)], 1) * scale
-            x = x.contiguous()
+            x = torch.cat([torch.full((len(values), 1), scale), values], 1)
+            x[:, 1:] *= scale
             got = nf4_quantize(x, blocksize=32, rule=rule, allow_non_finite=True)
             with use_backend("reference"):
                 want = nf4_quantize(x, blocksize=32, rule=rule, allow_non_finite=True)
