@@ -2,7 +2,7 @@
 // others the blocked product on panels of W that are decoded once and used by every row of x.
 #include "kernels/gemv.h"
 #include "kernels/kernels.h"
-#include "kernels/product.h"
+#include "kernels/panels.h"
 
 namespace feinwerk {
 namespace {

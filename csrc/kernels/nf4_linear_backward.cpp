@@ -2,7 +2,7 @@
 // row of dY. A slab belongs to one thread from the first row of W to the last: nothing is reduced
 // across threads, and the weights are the rounded ones that the forward product saw.
 #include "kernels/kernels.h"
-#include "kernels/product.h"
+#include "kernels/panels.h"
 
 namespace feinwerk {
 namespace {
