@@ -84,7 +84,7 @@ def run_pytest(
     command = [
         sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), *files, *flags,
         "-s", "-q", "--no-header", "--disable-warnings", "--benchmark-enable", "--benchmark-quiet",
-        "--benchmark-disable-gc",
+        "--benchmark-disable-gc", "--tb=short",
         f"--benchmark-json={raw}", "-W", "ignore",
     ]  # fmt: skip
     return subprocess.run(command, env=environment, cwd=HERE.parent, check=False).returncode
