@@ -209,6 +209,13 @@ def test_autocast(backend: str, dtype: torch.dtype) -> None:
     assert x.grad.dtype is torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_autocast_does_not_hide_a_wrong_dtype(dtype: torch.dtype) -> None:
+    weight = make_weight(6, 96)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="x must be"):
+        weight.linear(torch.ones(2, 96).to(dtype))
+
+
 def test_compile_under_autocast(backend: str) -> None:
     torch._dynamo.reset()
     weight = make_weight(6, 96)

@@ -8,6 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from feinwerk import _checks
+from feinwerk._checks import FLOAT_DTYPES
 from feinwerk._library import register_op
 from feinwerk.ops.nf4_linear import cpp, reference
 
@@ -219,7 +220,7 @@ def nf4_linear(
     """
     _checks.tensor("nf4_linear", "x", x)
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in FLOAT_DTYPES:
         x = x.to(torch.get_autocast_dtype(device))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y: torch.Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
