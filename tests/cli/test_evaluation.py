@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from feinwerk.cli import evaluation
 from feinwerk.cli.evaluation import HeldOut
@@ -79,6 +80,27 @@ def test_a_gain_is_the_mean_difference():
     assert gain.value == pytest.approx(0.2)
     assert gain.low == pytest.approx(0.2)
     assert gain.high == pytest.approx(0.2)
+
+
+def test_greedy_answers_are_those_of_transformers(tiny_model, questions):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from feinwerk.cli import data
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="eager").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    examples = data.load_dataset(str(questions)).examples[:7]
+    encoded = data.encode(tokenizer, examples, 256)
+    ours = evaluation.generate_answers(
+        model, tokenizer, encoded, new_tokens=12, on_batch=lambda _: None, batch_size=4
+    )
+    for item, text in zip(encoded, ours, strict=True):
+        ids = torch.tensor([item.prompt])
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )
+        theirs = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        assert text == theirs.strip()
 
 
 def test_questions_for_generation_are_spread_and_distinct():

@@ -123,7 +123,8 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(
 ):
     for seed, same in ((0, True), (1, False)):
         folder = tmp_path / str(seed)
-        assert main(arguments(tiny_model, questions, folder, seed=seed)) == 0
+        flags = arguments(tiny_model, questions, folder, seed=seed)
+        assert main([*flags, "--no-generate"]) == 0
         first, second = adapter_tensors(finished), adapter_tensors(folder)
         assert all(torch.equal(first[k], second[k]) for k in first) is same
 
@@ -151,15 +152,17 @@ class StopAt(training.StopRequest):
         super().__exit__(*exc)
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("at", "dtype"), [(1, "float32"), (4, "float32"), (5, "float32"), (3, "bfloat16")]
+)
 def test_ctrl_c_keeps_a_checkpoint_and_resuming_equals_never_stopping(
     finished, tiny_model, questions, tmp_path, monkeypatch, capsys, at, dtype
 ):
     reference = finished
     if dtype == "bfloat16":
         reference = tmp_path / "whole"
-        assert main(arguments(tiny_model, questions, reference, dtype=dtype)) == 0
+        flags = arguments(tiny_model, questions, reference, dtype=dtype)
+        assert main([*flags, "--no-generate"]) == 0
     folder = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         patch.setattr(training, "StopRequest", StopAt)

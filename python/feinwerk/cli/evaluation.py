@@ -107,18 +107,55 @@ def generate_answers(
         for row, prompt in enumerate(prompts):
             tokens[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        output = model.generate(
-            input_ids=tokens,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for index, row_tokens in zip(indices, output[:, width:], strict=True):
+        output = _greedy(model, tokens, mask, new_tokens, tokenizer.eos_token_id)
+        for index, row_tokens in zip(indices, output, strict=True):
             answers[index] = tokenizer.decode(row_tokens, skip_special_tokens=True).strip()
         on_batch(len(indices))
     return tuple(answers)
+
+
+def _greedy(
+    model: Any, tokens: torch.Tensor, mask: torch.Tensor, new_tokens: int, end: int
+) -> torch.Tensor:
+    """Extend left-padded prompts by the likeliest token until all have ended.
+
+    transformers' generate does the same, but hands the head a strided view of the last position,
+    for which torch copies the head's weight once for every prompt (0.9 GB for 16).
+
+    Args:
+        model: a causal language model, with or without adapters.
+        tokens: int64 [batch, length].
+        mask: int64 [batch, length], 0 where `tokens` is padding.
+        new_tokens: the most tokens to add.
+        end: the end-of-turn token; a row that has ended is filled with it.
+
+    Returns:
+        int64 [batch, at most new_tokens].
+    """
+    from transformers import DynamicCache
+
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder, head = causal.get_decoder(), causal.get_output_embeddings()
+    cache = DynamicCache(config=causal.config)
+    position = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    ended = torch.zeros(len(tokens), dtype=torch.bool)
+    output: list[torch.Tensor] = []
+    step = tokens
+    while len(output) < new_tokens and not bool(ended.all()):
+        hidden = decoder(
+            input_ids=step,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        chosen = head(hidden[:, -1].contiguous()).argmax(dim=-1)
+        chosen = torch.where(ended, end, chosen)
+        output.append(chosen)
+        ended |= chosen == end
+        step, position = chosen[:, None], position[:, -1:] + 1
+        mask = torch.cat([mask, torch.ones_like(step)], dim=1)
+    return torch.stack(output, dim=1)
 
 
 def choose_for_generation(examples: Sequence[Encoded], count: int) -> list[int]:

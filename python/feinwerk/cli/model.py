@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import logging
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def load_model(source: Source, *, cache: bool) -> tuple[torch.nn.Module, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         # Eager attention: the CPU backward of scaled_dot_product_attention takes a third of a
-        # training step at these lengths, the plain products a twentieth.
+        # bf16 training step at these lengths, plain products a twentieth.
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager"
         )
@@ -174,9 +175,10 @@ def _convert(source: Source, target: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     AutoTokenizer.from_pretrained(source.directory, gguf_file=source.gguf).save_pretrained(target)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        source.directory, gguf_file=source.gguf, dtype=torch.float32
-    )
+    with redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source.directory, gguf_file=source.gguf, dtype=torch.float32
+        )
     # save_pretrained refuses a model that says it is a GGUF one: the same weights in a plain one.
     plain_config = loaded.config.to_dict()
     plain_config.pop("quantization_config", None)
