@@ -69,8 +69,8 @@ def draw_loss_curve(
     )
 
     axes.annotate(
-        f"held-out before  {before:.3f}", (0, before), (9, 6), textcoords="offset points",
-        color=HELD_OUT, fontsize=10, va="bottom",
+        f"held-out before  {before:.3f}", (last, before), (-8, 5), textcoords="offset points",
+        color=HELD_OUT, fontsize=10, va="bottom", ha="right",
     )  # fmt: skip
     gap = 0.09 * (max([*losses, before]) - min([*losses, after]))
     train_y, held_y = _apart(smooth[-1] if smooth else after, after, gap)

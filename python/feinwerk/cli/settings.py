@@ -9,7 +9,7 @@ from feinwerk.cli.errors import CommandError
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_DATASET = "construction-faq"
-DEFAULT_STEPS = 40
+DEFAULT_STEPS = 32
 DTYPES = ("auto", "bfloat16", "float32")
 
 # They change where or how a run is shown, never its numbers' definition: a resumed run may differ.
