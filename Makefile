@@ -91,7 +91,7 @@ test-full: build
 bench: build
 	@OP="$(OP)" SHAPE="$(SHAPE)" ISA="$(ISA)" $(PY) -m benchmarks $(ARGS)
 
-CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inc' 'tests/c/*.c' 'tests/c/*.h')
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inc' 'tests/c/*.c' 'tests/c/*.h' 'tests/c/*.cpp')
 lint: $(STAMPS)/packages
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check

@@ -29,9 +29,7 @@ def find_compiler() -> str:
         if path:
             return path
     missing = f"CXX={named[0]} is not a program" if named else "no C++ compiler was found"
-    raise SystemExit(
-        f"feinwerk: {missing}; install one (on Debian: apt install g++) {INSTEAD}."
-    )
+    raise SystemExit(f"feinwerk: {missing}; install one (on Debian: apt install g++) {INSTEAD}.")
 
 
 def find_python_headers() -> None:

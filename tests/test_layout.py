@@ -131,6 +131,7 @@ def layer(path: Path) -> str:
 FORBIDDEN = {
     "weight": {"nn", "optim", "_native", "_library"},
     "checkpoint": {"nn", "optim", "_native", "_library"},
+    "slabs": {"nn", "optim", "_native", "_library"},
     "nn": {"optim", "_native", "_library", "integrations", "cli", "onnx", "distributed"},
     "optim": {"nn", "_native", "_library", "integrations", "cli", "onnx", "distributed"},
     "onnx": {"optim", "distributed", "_native", "_library", "integrations", "cli"},

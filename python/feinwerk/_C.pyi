@@ -21,9 +21,7 @@ def nf4_quantize(
     absmax_count: int,
     threads: int,
 ) -> None: ...
-def nf4_dequantize(
-    weight: _Weight, out: int, dtype: int, out_count: int, threads: int
-) -> None: ...
+def nf4_dequantize(weight: _Weight, out: int, dtype: int, out_count: int, threads: int) -> None: ...
 def nf4_linear(
     weight: _Weight,
     x: int,

@@ -11,24 +11,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from feinwerk import _checks, checkpoint
-from feinwerk.backends import serving
 from feinwerk.codebook import dynamic_map
 from feinwerk.ops.blockwise_quantize import blockwise_quantize
 from feinwerk.ops.nf4_dequantize import nf4_dequantize
 from feinwerk.ops.nf4_embedding import nf4_embedding
 from feinwerk.ops.nf4_linear import nf4_linear
 from feinwerk.ops.nf4_quantize import nf4_quantize
-
-# Elements quantized per call where a call needs a workspace, which this bounds whatever the size of
-# the weight. A multiple of every blocksize, so blocks are never cut.
-_SLAB = 1 << 16
+from feinwerk.slabs import quantize_in_slabs
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -146,7 +142,7 @@ class NF4Weight:
             )
 
         with torch.no_grad():
-            packed, absmax = _quantize_in_slabs(weight.detach(), blocksize, quantize)
+            packed, absmax = quantize_in_slabs(weight.detach(), blocksize, quantize)
             shape, dtype = tuple(weight.shape), weight.dtype
             if not double_quant:
                 return cls(packed, absmax, shape, blocksize, dtype)
@@ -380,36 +376,6 @@ class NF4Weight:
             f"NF4Weight(shape={self.shape}, dtype={self.dtype}, blocksize={self.blocksize}, "
             f"absmax={kind}, nbytes={self.nbytes}, device='{self.device}')"
         )
-
-
-def _quantize_in_slabs(
-    weight: torch.Tensor,
-    blocksize: int,
-    quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize the flattened weight in one call if that needs no workspace, else slab by slab."""
-    count = weight.numel()
-    backend, _ = serving("nf4_quantize", weight.device.type)
-    in_place = backend != "reference" and weight.is_contiguous()
-    if count <= _SLAB or in_place or weight.is_meta:
-        return quantize(weight)
-    packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=weight.device)
-    absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=weight.device)
-    for start in range(0, count, _SLAB):
-        codes, scales = quantize(_flat_range(weight, start, min(start + _SLAB, count)))
-        packed[start // 2 : start // 2 + codes.numel()] = codes
-        absmax[start // blocksize : start // blocksize + scales.numel()] = scales
-    return packed, absmax
-
-
-def _flat_range(weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Elements start..stop of the flattened weight; copies only these when it is not contiguous."""
-    if weight.is_contiguous() or weight.dim() == 1:
-        return weight.reshape(-1)[start:stop]
-    row = weight[0].numel()
-    first = start // row
-    rows = weight[first : -(-stop // row)].reshape(-1)
-    return rows[start - first * row : stop - first * row]
 
 
 torch.serialization.add_safe_globals([NF4Weight])

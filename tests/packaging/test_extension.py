@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import feinwerk
 import pytest
+
+import feinwerk
 
 MODULES = sorted(Path(feinwerk.__file__).parent.glob("_C*.so"))
 

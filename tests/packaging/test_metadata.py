@@ -1,4 +1,4 @@
-"""What the package declares: one version, few requirements, nothing that pulls torch into a build."""
+"""What the package declares: one version, few requirements, no torch in the build environment."""
 
 import re
 import subprocess

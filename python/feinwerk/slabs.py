@@ -1,0 +1,43 @@
+"""Quantizes a large weight in bounded memory: piece by piece where one call would need a workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from feinwerk.backends import serving
+
+# Elements quantized per call where a call needs a workspace, which this bounds whatever the size of
+# the weight. A multiple of every blocksize, so blocks are never cut.
+_SLAB = 1 << 16
+
+
+def quantize_in_slabs(
+    weight: torch.Tensor,
+    blocksize: int,
+    quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize the flattened weight in one call if that needs no workspace, else slab by slab."""
+    count = weight.numel()
+    backend, _ = serving("nf4_quantize", weight.device.type)
+    in_place = backend != "reference" and weight.is_contiguous()
+    if count <= _SLAB or in_place or weight.is_meta:
+        return quantize(weight)
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=weight.device)
+    for start in range(0, count, _SLAB):
+        codes, scales = quantize(_flat_range(weight, start, min(start + _SLAB, count)))
+        packed[start // 2 : start // 2 + codes.numel()] = codes
+        absmax[start // blocksize : start // blocksize + scales.numel()] = scales
+    return packed, absmax
+
+
+def _flat_range(weight: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Elements start..stop of the flattened weight; copies only these when it is not contiguous."""
+    if weight.is_contiguous() or weight.dim() == 1:
+        return weight.reshape(-1)[start:stop]
+    row = weight[0].numel()
+    first = start // row
+    rows = weight[first : -(-stop // row)].reshape(-1)
+    return rows[start - first * row : stop - first * row]
