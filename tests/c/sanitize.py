@@ -13,7 +13,8 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=150, help="cases of the fuzz driver")
     options = parser.parse_args()
     start = time.monotonic()
-    folder = cbuild.build("sanitize", "-DFEINWERK_SANITIZE=ON")
+    # GCC's own AVX-512 headers warn when instrumented; other builds keep warnings as errors.
+    folder = cbuild.build("sanitize", "-DFEINWERK_SANITIZE=ON", "-DFEINWERK_WERROR=OFF")
     print(f"sanitize: built in {time.monotonic() - start:.0f} s", flush=True)
     for command in (["test_abi"], ["fuzz", options.iterations]):
         start = time.monotonic()
