@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feinwerk import NF4Weight, blockwise_quantize, nf4_quantize, weight
+from feinwerk import NF4Weight, blockwise_quantize, nf4_quantize, slabs, weight
 from feinwerk.codebook import BLOCKSIZES, dynamic_map, nf4_codebook
 from feinwerk.testing import DTYPES, assert_same_bits, assert_within_budget, make_x, use_backend
 
@@ -78,7 +78,7 @@ class TestFromDense:
         if transposed:
             w = dense(*reversed(shape)).permute(*reversed(range(len(shape))))
         whole = NF4Weight.from_dense(w)
-        monkeypatch.setattr(weight, "_SLAB", 256)
+        monkeypatch.setattr(slabs, "_SLAB", 256)
         sizes = []
 
         def counting(slab: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:

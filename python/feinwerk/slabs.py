@@ -1,4 +1,4 @@
-"""Quantizes a large weight in bounded memory: piece by piece where one call would need a workspace."""
+"""Quantizes a large weight in bounded memory: in pieces where one call would need a workspace."""
 
 from __future__ import annotations
 
