@@ -7,28 +7,43 @@
 namespace feinwerk {
 namespace {
 
-constexpr int64_t kMaxSlab = 256;                    // columns of W a unit, at most
-constexpr int64_t kPackedBytes = int64_t{16} << 20;  // of dY a chunk, about
+constexpr int64_t kPackedBytes = int64_t{16} << 20;   // of dY a chunk, about
+constexpr int64_t kResultBytes = int64_t{512} << 10;  // of dX a unit holds, about
 constexpr int64_t kMaxChunkRows = 1024;
 
 using Args = feinwerk_nf4_linear_backward_args;
 
-// Wide slabs read longer pieces of every row of W; narrow matrices need enough units for all
-// threads.
-int64_t slab_of(const feinwerk_nf4_weight& w) { return w.cols >= 2048 ? kMaxSlab : 64; }
+// How columns of W are cut. A unit is one or more slabs, each decoded kDepth rows at a time.
+struct Cut {
+  int64_t chunk_rows;  // rows of dY at once
+  int64_t slab;        // columns decoded together
+  int64_t unit;        // columns of a unit
+};
+
+// Wide slabs read longer pieces of every row of W, and a unit of several visits a page of W once
+// for all of them; narrow matrices need enough units for all threads.
+template <class Engine>
+Cut cut_of(const Args& args) {
+  const int64_t row_bytes = Depth<Engine>(args.weight.rows).blocks() * Engine::kDepth * 4;
+  const int64_t fitting = kPackedBytes / max64(1, row_bytes) / 64 * 64;
+  Cut cut;
+  cut.chunk_rows = min64(max64(64, min64(fitting, kMaxChunkRows)), round_up(max64(1, args.m), 16));
+  cut.slab = args.weight.cols >= 2048 ? 256 : 64;
+  const int64_t slabs = kResultBytes / (cut.chunk_rows * cut.slab * 4);
+  cut.unit = cut.slab * (args.weight.cols >= 2048 ? max64(1, min64(4, slabs)) : 1);
+  return cut;
+}
 
 template <class Engine>
 ProductPlan plan_for(const Args& args) {
-  const int64_t row_bytes = Depth<Engine>(args.weight.rows).blocks() * Engine::kDepth * 4;
-  const int64_t fitting = kPackedBytes / max64(1, row_bytes) / 64 * 64;
-  const int64_t chunk = min64(max64(64, min64(fitting, kMaxChunkRows)), round_up(args.m, 16));
+  const Cut cut = cut_of<Engine>(args);
+  const Depth<Engine> depth(args.weight.rows);
   ProductPlan plan = {};
-  plan.chunk_rows = chunk;
-  plan.pack_units = Depth<Engine>(args.weight.rows).blocks();
-  const int64_t slab = slab_of(args.weight);
-  plan.units = (args.weight.cols + slab - 1) / slab;
-  plan.shared_bytes = chunk * row_bytes;
-  plan.scratch_bytes = slab * (Engine::kDepth + chunk) * 4;
+  plan.chunk_rows = cut.chunk_rows;
+  plan.pack_units = depth.blocks();
+  plan.units = (args.weight.cols + cut.unit - 1) / cut.unit;
+  plan.shared_bytes = cut.chunk_rows * depth.blocks() * Engine::kDepth * 4;
+  plan.scratch_bytes = (cut.slab * Engine::kDepth + cut.unit * cut.chunk_rows) * 4;
   return plan;
 }
 
@@ -69,25 +84,27 @@ void nf4_linear_backward_unit(const Args& args, int64_t row, int64_t rows, int64
     using Unit = typename Engine::Unit;
     const feinwerk_nf4_weight& w = args.weight;
     const Depth<Engine> depth(w.rows);
-    const int64_t slab = slab_of(w), k = unit * slab, cols = min64(slab, w.cols - k);
-    const int64_t lanes = round_up(cols, kRun), groups = lanes / kWidth;
+    const Cut cut = cut_of<Engine>(args);
+    const int64_t k = unit * cut.unit, cols = min64(cut.unit, w.cols - k);
     auto* b = reinterpret_cast<Unit*>(scratch);
-    auto* c = reinterpret_cast<float*>(scratch + slab * Engine::kDepth * 4);
+    auto* c = reinterpret_cast<float*>(scratch + cut.slab * Engine::kDepth * 4);
     const auto* a = reinterpret_cast<const Unit*>(shared);
     {
       const Tiles<Engine> tiles;
-      for (int64_t block = 0; block < depth.blocks(); ++block) {
-        const int64_t t = depth.begin(block), size = depth.size(block);
-        decode_lanes<Dtype>(engine, w, t * Engine::kPair, size, k, lanes, b);
-        multiply(engine, a + t * padded<Engine>(rows), padded<Engine>(rows), b, groups, size, c,
-                 slab, block == 0);
-      }
+      for (int64_t block = 0; block < depth.blocks(); ++block)
+        for (int64_t i = 0; i < cols; i += cut.slab) {
+          const int64_t t = depth.begin(block), size = depth.size(block);
+          const int64_t lanes = round_up(min64(cut.slab, cols - i), kRun);
+          decode_lanes<Dtype>(engine, w, t * Engine::kPair, size, k + i, lanes, b);
+          multiply(engine, a + t * padded<Engine>(rows), padded<Engine>(rows), b, lanes / kWidth,
+                   size, c + i, cut.unit, block == 0);
+        }
     }
-    if (depth.blocks() == 0) memset(c, 0, static_cast<size_t>(rows * slab) * 4);
+    if (depth.blocks() == 0) memset(c, 0, static_cast<size_t>(rows * cut.unit) * 4);
     for (int64_t m = 0; m < rows; ++m) {
       auto* dx = static_cast<typename Dtype::Element*>(args.grad_x) + (row + m) * w.cols + k;
       for (int64_t i = 0; i < cols; i += kWidth)
-        write_part<Dtype>(dx + i, cols - i, load(c + m * slab + i));
+        write_part<Dtype>(dx + i, cols - i, load(c + m * cut.unit + i));
     }
   });
 }
