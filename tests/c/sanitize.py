@@ -21,7 +21,9 @@ def main() -> int:
         result = cbuild.run(
             folder / command[0],
             *command[1:],
-            ASAN_OPTIONS="detect_leaks=1:detect_stack_use_after_return=1",
+            # Not detect_stack_use_after_return: GCC 12 misaligns 64-byte vectors on its fake stack
+            # (GCC bug 110027), and an aligned AVX-512 store to one is a fault.
+            ASAN_OPTIONS="detect_leaks=1:detect_stack_use_after_return=0",
             UBSAN_OPTIONS="print_stacktrace=1",
         )
         print(result.stdout + result.stderr, end="")
