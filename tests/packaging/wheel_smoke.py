@@ -35,6 +35,7 @@ for isa in _native.isas():
         y.sum().backward()
         torch.testing.assert_close(y, x.detach() @ dense.T, atol=0.5, rtol=0.05)
         torch.testing.assert_close(x.grad, torch.ones_like(y) @ dense, atol=0.5, rtol=0.05)
+warnings.simplefilter("default")  # torch's compiler warns about itself
 compiled = torch.compile(lambda x: weight.linear(x), backend="aot_eager", fullgraph=True)
 torch.testing.assert_close(compiled(x), y, atol=0.5, rtol=0.05)
 print(f"torch {torch.__version__}, feinwerk {feinwerk.__version__}, "
