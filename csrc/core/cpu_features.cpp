@@ -17,7 +17,7 @@ namespace feinwerk {
 #if defined(__x86_64__)
 bool cpu_has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
 }
 
 bool cpu_has_avx512() {

@@ -4,7 +4,7 @@
 
 namespace feinwerk {
 
-bool cpu_has_avx2();    // AVX2, FMA, F16C
+bool cpu_has_avx2();    // AVX2, FMA, F16C, BMI2
 bool cpu_has_avx512();  // AVX-512 F, BW, DQ, VL
 bool cpu_has_avx512_vnni();
 bool cpu_has_avx512_bf16();
