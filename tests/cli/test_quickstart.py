@@ -392,7 +392,7 @@ def test_the_real_quickstart_learns_in_a_few_steps(tmp_path):
             pytest.skip(f"{package} is not installed")
     command = [sys.executable, "-m", "feinwerk.cli", "quickstart", "--output", str(tmp_path)]
     command += ["--steps", "12", "--held-out", "6", "--no-generate", "--checkpoint-every", "6"]
-    subprocess.run(command, check=True, timeout=900)
+    subprocess.run(command, check=True, timeout=2400)
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert numbers["bytes"]["linears"] == 210
     assert numbers["fall"]["low"] > 0
