@@ -13,29 +13,18 @@ namespace feinwerk {
 
 namespace {
 
-// The two entry points of libgomp's ABI that `#pragma omp parallel num_threads(n)` compiles to.
+// The entry point of libgomp's ABI that `#pragma omp parallel num_threads(n)` compiles to.
 using GompParallel = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
-using OmpThreadNum = int (*)();
 
-struct OpenMp {
-  GompParallel parallel = nullptr;
-  OmpThreadNum thread_num = nullptr;
-  bool usable() const { return parallel && thread_num; }
-};
-
-const OpenMp& openmp() {
-  static const OpenMp found = [] {
-    OpenMp omp;
-    const auto look_in = [&omp](void* handle) {
-      omp.parallel = reinterpret_cast<GompParallel>(dlsym(handle, "GOMP_parallel"));
-      omp.thread_num = reinterpret_cast<OmpThreadNum>(dlsym(handle, "omp_get_thread_num"));
-      return omp.usable();
-    };
+// Null when no OpenMP runtime can be loaded.
+GompParallel openmp_parallel() {
+  static const GompParallel found = [] {
     // torch's copy is in the global scope; a library of the system only when there is none.
-    if (look_in(RTLD_DEFAULT)) return omp;
-    void* const handle = dlopen("libgomp.so.1", RTLD_NOW);
-    if (!handle || !look_in(handle)) omp = {};
-    return omp;
+    void* entry = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    if (!entry)
+      if (void* const handle = dlopen("libgomp.so.1", RTLD_NOW))
+        entry = dlsym(handle, "GOMP_parallel");
+    return reinterpret_cast<GompParallel>(entry);
   }();
   return found;
 }
@@ -57,7 +46,7 @@ void run_openmp(void*, int64_t tasks, void (*fn)(void*, int64_t), void* arg) {
     std::atomic<int64_t> next;
   } work{fn, arg, tasks, {0}};
   // Tasks are taken, not dealt: libgomp may start fewer threads than asked for.
-  openmp().parallel(
+  openmp_parallel()(
       [](void* data) {
         auto& shared = *static_cast<Work*>(data);
         for (int64_t task; (task = shared.next.fetch_add(1)) < shared.tasks;)
@@ -70,13 +59,13 @@ void run_openmp(void*, int64_t tasks, void (*fn)(void*, int64_t), void* arg) {
 
 feinwerk_executor make_executor(int64_t threads) {
   watch_fork();
-  const bool parallel = threads > 1 && !forked && openmp().usable();
+  const bool parallel = threads > 1 && !forked && openmp_parallel();
   return {nullptr, parallel ? threads : 1, parallel ? run_openmp : nullptr};
 }
 
 std::string describe_executor() {
   if (forked) return "serial: this process was forked, and OpenMP pools do not survive a fork";
-  if (!openmp().usable()) return "serial: no OpenMP runtime (libgomp.so.1) could be loaded";
+  if (!openmp_parallel()) return "serial: no OpenMP runtime (libgomp.so.1) could be loaded";
   return "OpenMP, the runtime of this process";
 }
 
