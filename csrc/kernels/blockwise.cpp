@@ -71,12 +71,11 @@ void blockwise_dequantize(const feinwerk_blockwise_dequantize_args& args, int64_
     const int64_t first = block * args.blocksize;
     const int64_t last = min64(args.count, first + args.blocksize);
     const F absmax = set1(args.absmax[block]);
-    for (int64_t i = first; i < last; i += kWidth) {
-      const int64_t count = min64(kWidth, last - i);
-      uint8_t codes[kWidth] = {};
-      memcpy(codes, args.codes + i, static_cast<size_t>(count));
-      const F product = mul(gather_bytes(args.codebook, codes), absmax);
-      write_part<Float32>(args.out + i, count,
+    float* const out = args.out + first;
+    look_up(args.codebook, args.codes + first, last - first, out);
+    for (int64_t i = 0; i < last - first; i += kWidth) {
+      const F product = mul(read_part<Float32>(out + i, last - first - i), absmax);
+      write_part<Float32>(out + i, last - first - i,
                           args.offset ? add(product, set1(*args.offset)) : product);
     }
   }

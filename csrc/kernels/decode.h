@@ -64,6 +64,23 @@ inline float block_absmax(const feinwerk_nf4_weight& w, int64_t block) {
   return product + *w.nested_offset;
 }
 
+// out[i] = table[codes[i]], a load each: a gather of 16 floats takes four times as long on Zen 4.
+inline void look_up(const float* table, const uint8_t* codes, int64_t count, float* out) {
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  if (count >= 64) i = look_up_words(table, codes, count, out);
+#endif
+  for (; i + 8 <= count; i += 8) {
+    uint64_t eight;
+    memcpy(&eight, codes + i, 8);
+    uint32_t bits[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) memcpy(bits + j, table + (eight >> (8 * j) & 255), 4);
+    memcpy(out + i, bits, sizeof(bits));
+  }
+  for (; i < count; ++i) out[i] = table[codes[i]];
+}
+
 // Most weights have whole blocks of 64 wherever a kernel cuts them: then one scale serves 64
 // consecutive elements, and scales are read many at a time.
 constexpr int64_t kScaleBlock = 64;
@@ -82,23 +99,27 @@ inline void read_scales(const feinwerk_nf4_weight& w, int64_t first, int64_t cou
     memcpy(scales, w.absmax + first, static_cast<size_t>(count) * 4);
     return;
   }
-  if (count < kWidth / 2) {  // a vector of look-ups would cost more
-    for (int64_t i = 0; i < count; ++i) scales[i] = block_absmax(w, first + i);
-    return;
-  }
-  const F offset = set1(*w.nested_offset);
+  look_up(w.nested_codebook, w.absmax_codes + first, count, scales);
   for (int64_t i = 0; i < count;) {
     const int64_t nested = (first + i) / kNestedBlocksize;
     const int64_t stop = min64(count, (nested + 1) * kNestedBlocksize - first);
-    const F absmax = set1(w.nested_absmax[nested]);
-    for (; i < stop; i += kWidth) {
-      uint8_t codes[kWidth] = {};
-      memcpy(codes, w.absmax_codes + first + i, static_cast<size_t>(min64(kWidth, stop - i)));
-      const F product = mul(gather_bytes(w.nested_codebook, codes), absmax);
-      write_part<Float32>(scales + i, stop - i, add(product, offset));
+    const F absmax = set1(w.nested_absmax[nested]), offset = set1(*w.nested_offset);
+    for (; i + kWidth <= stop; i += kWidth)
+      store(scales + i, add(mul(load(scales + i), absmax), offset));
+    for (; i < stop; ++i) {
+      const float product = scales[i] * w.nested_absmax[nested];
+      scales[i] = product + *w.nested_offset;
     }
-    i = stop;
   }
+}
+
+// Asks for the scales of blocks of 64 elements ahead of their use.
+inline void prefetch_scales(const feinwerk_nf4_weight& w, int64_t first, int64_t count) {
+  const int64_t per_block = w.blocksize / kScaleBlock, size = w.absmax ? 4 : 1;
+  const char* const at = w.absmax ? reinterpret_cast<const char*>(w.absmax)
+                                  : reinterpret_cast<const char*>(w.absmax_codes);
+  for (int64_t byte = 0; byte < count / per_block * size; byte += 64)
+    __builtin_prefetch(at + first / per_block * size + byte);
 }
 
 // Asks for the codes of elements [begin, end) ahead of their use: the product walks short pieces of
@@ -158,7 +179,7 @@ inline void decode_floats(const feinwerk_nf4_weight& w, int64_t begin, int64_t e
 constexpr int64_t kMaxRow = 512;
 template <class Dtype, class Address>
 inline void decode_panel_row(const feinwerk_nf4_weight& w, int64_t begin, int64_t end,
-                             int64_t total, const Address& at) {
+                             int64_t total, Address at) {
   int64_t i = 0;
   if (has_scale_blocks(w, begin | (end - begin))) {
     const Table16 codebook = table16(kNf4Codebook);
@@ -202,7 +223,7 @@ inline void decode_bf16(const feinwerk_nf4_weight& w, int64_t begin, int64_t end
 // The same as decode_panel_row in bf16, 32 elements at a time, for the bf16 dot product.
 template <class Address>
 inline void decode_panel_row_bf16(const feinwerk_nf4_weight& w, int64_t begin, int64_t end,
-                                  int64_t total, const Address& at) {
+                                  int64_t total, Address at) {
   int64_t i = 0;
   if (has_scale_blocks(w, begin | (end - begin))) {
     const Table16 codebook = table16(kNf4Codebook);

@@ -5,8 +5,8 @@
 // consecutive elements a lane; nibble j of all lanes is looked up at once, so the activations are
 // rearranged first, chunk by chunk of 8 * kWidth elements:
 //
-//   x[chunk]:  element 8 i + (j ^ 1)  ->  position kWidth j + i        (the high nibble comes
-//   first)
+//   x[chunk][j][row][i]  =  element 8 i + (j ^ 1) of the chunk of a row      (the high nibble comes
+//                                                                              first)
 #ifndef FEINWERK_KERNELS_GEMV_H_
 #define FEINWERK_KERNELS_GEMV_H_
 
@@ -17,26 +17,45 @@ namespace {
 
 constexpr int64_t kGemvRows = 4;        // rows of x at once
 constexpr int64_t kGemvWeightRows = 4;  // rows of W at once
-constexpr int64_t kGemvUnit = 16;       // rows of W a unit
+constexpr int64_t kGemvGroup = 16;      // rows of W whose scales are read together
 constexpr int64_t kChunk = 8 * kWidth;
 
 inline bool gemv_fits(const feinwerk_nf4_weight& w) { return has_scale_blocks(w, w.cols); }
 inline int64_t gemv_depth(const feinwerk_nf4_weight& w) { return round_up(w.cols, kChunk); }
 
-// Calls body(c, load) for every chunk of a row, where load(row) reads the chunk's codes. Only the
-// last chunk can be short: its missing codes read as zero, and meet activations that are zero.
-template <class Body>
-inline void for_each_chunk(int64_t cols, const Body& body) {
-  const int64_t whole = cols / kChunk;
-  for (int64_t c = 0; c < whole; ++c)
-    body(c, [c](const uint8_t* row) { return load_dwords(row + c * (kChunk / 2)); });
-  const int64_t left = cols - whole * kChunk;
-  if (left == 0) return;
-  body(whole, [=](const uint8_t* row) {
-    uint8_t part[kChunk / 2] = {};
-    memcpy(part, row + whole * (kChunk / 2), static_cast<size_t>(left / 2));
-    return load_dwords(part);
-  });
+// Rows of W a unit: codes are asked for across the end of a unit, which goes to waste when another
+// thread takes the next one, so units are large where that leaves enough of them.
+inline int64_t gemv_unit(const feinwerk_nf4_weight& w) { return w.rows >= 2048 ? 64 : kGemvGroup; }
+
+// Calls body(c, codes) for every chunk of n_rows neighbouring rows. Only the last chunk can be
+// short: its missing codes read as zero, and meet activations that are zero.
+//
+// Rows are read side by side, but the lines kAhead bytes on are asked for one after the other, into
+// L2: this is the order that hardware prefetchers follow and join in. Side by side they do not, and
+// memory is read at half its speed.
+template <int n_rows, class Body>
+inline void for_each_chunk(const uint8_t* packed, int64_t row_bytes, int64_t cols,
+                           const Body& body) {
+  constexpr int64_t kBytes = kChunk / 2, kLine = 64, kAhead = 16384;
+  const int64_t chunks = round_up(cols, kChunk) / kChunk;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t bytes = min64(kBytes, cols / 2 - c * kBytes);
+    I codes[n_rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < n_rows; ++r) {
+      const uint8_t* const row = packed + r * row_bytes + c * kBytes;
+      const int64_t line = (c * n_rows + r) * kBytes;
+      if (kBytes >= kLine || line % kLine == 0) __builtin_prefetch(packed + line + kAhead, 0, 2);
+      if (bytes == kBytes) {
+        codes[r] = load_dwords(row);
+      } else {
+        uint8_t part[kBytes] = {};
+        memcpy(part, row, static_cast<size_t>(bytes));
+        codes[r] = load_dwords(part);
+      }
+    }
+    body(c, codes);
+  }
 }
 
 // fp32 activations.
@@ -50,18 +69,26 @@ void gemv_pack(const typename Dtype::Element* x, int64_t rows, int64_t cols, flo
       for (int64_t i = 0; i < kChunk; i += kWidth)
         store(chunk + i,
               k + i < cols ? read_part<Dtype>(x + m * cols + k + i, cols - k - i) : zero());
-      float* out = packed + m * depth + k;
       for (int64_t j = 0; j < 8; ++j)
-        for (int64_t i = 0; i < kWidth; ++i) out[j * kWidth + i] = chunk[8 * i + (j ^ 1)];
+        for (int64_t i = 0; i < kWidth; ++i)
+          packed[k * rows + (j * rows + m) * kWidth + i] = chunk[8 * i + (j ^ 1)];
     }
 }
 
-template <int j, int m_rows>
-inline void gemv_step(Table16 table, I codes, const float* x, int64_t depth, F (&part)[m_rows]) {
-  const F w = decode_nibble<j>(table, codes);
-  for (int m = 0; m < m_rows; ++m) {
-    const F xv = load(x + m * depth + j * kWidth);
-    part[m] = j == 0 ? mul(w, xv) : fma(w, xv, part[m]);
+// Nibble j of every row of W by its x. Rows inside: their sums are independent, and the CPU's
+// scheduler is too short to find that out from one row after the other.
+template <int j, int n_rows, int m_rows>
+inline void gemv_step(Table16 table, const I (&codes)[n_rows], const float* x,
+                      F (&part)[n_rows][m_rows]) {
+  F lanes[m_rows];
+#pragma GCC unroll 4
+  for (int m = 0; m < m_rows; ++m) lanes[m] = load(x + (j * m_rows + m) * kWidth);
+#pragma GCC unroll 4
+  for (int r = 0; r < n_rows; ++r) {
+    const F w = decode_nibble<j>(table, codes[r]);
+#pragma GCC unroll 4
+    for (int m = 0; m < m_rows; ++m)
+      part[r][m] = j == 0 ? mul(w, lanes[m]) : fma(w, lanes[m], part[r][m]);
   }
 }
 
@@ -70,27 +97,25 @@ template <int n_rows, int m_rows>
 void gemv_tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const float* scales,
                int64_t scale_stride, const float* x, float (&sums)[n_rows][m_rows]) {
   const Table16 table = table16(kNf4Codebook);
-  const int64_t depth = round_up(cols, kChunk);
   F acc[n_rows][m_rows];
   for (auto& row : acc)
     for (F& lane : row) lane = zero();
-  for_each_chunk(cols, [&](int64_t c, auto load_codes) {
-    const float* xc = x + c * kChunk;
+  for_each_chunk<n_rows>(packed, row_bytes, cols, [&](int64_t c, const I(&codes)[n_rows]) {
+    const float* xc = x + c * kChunk * m_rows;
+    F part[n_rows][m_rows];
+    gemv_step<0>(table, codes, xc, part);
+    gemv_step<1>(table, codes, xc, part);
+    gemv_step<2>(table, codes, xc, part);
+    gemv_step<3>(table, codes, xc, part);
+    gemv_step<4>(table, codes, xc, part);
+    gemv_step<5>(table, codes, xc, part);
+    gemv_step<6>(table, codes, xc, part);
+    gemv_step<7>(table, codes, xc, part);
 #pragma GCC unroll 4
     for (int r = 0; r < n_rows; ++r) {
-      const I codes = load_codes(packed + r * row_bytes);
-      F part[m_rows];
-      gemv_step<0>(table, codes, xc, depth, part);
-      gemv_step<1>(table, codes, xc, depth, part);
-      gemv_step<2>(table, codes, xc, depth, part);
-      gemv_step<3>(table, codes, xc, depth, part);
-      gemv_step<4>(table, codes, xc, depth, part);
-      gemv_step<5>(table, codes, xc, depth, part);
-      gemv_step<6>(table, codes, xc, depth, part);
-      gemv_step<7>(table, codes, xc, depth, part);
       const F scale = spread8(scales + r * scale_stride, c);
 #pragma GCC unroll 4
-      for (int m = 0; m < m_rows; ++m) acc[r][m] = fma(part[m], scale, acc[r][m]);
+      for (int m = 0; m < m_rows; ++m) acc[r][m] = fma(part[r][m], scale, acc[r][m]);
     }
   });
   for (int r = 0; r < n_rows; ++r)
@@ -142,14 +167,22 @@ void int8_pack(const typename Dtype::Element* x, int64_t cols, uint8_t* packed) 
     // NaN or infinity in x must reach y: a scale of NaN says so.
     scales[k / kScaleBlock] =
         absmax < __builtin_huge_valf() ? absmax / (127.0f * 127.0f) : __builtin_nanf("");
+    int32_t q[kScaleBlock];
     for (int64_t i = 0; i < kScaleBlock; ++i) {
       const float scaled = block[i] * inverse;
       const float shifted = scaled + (scaled < 0 ? -0.5f : 0.5f);
-      const int q = shifted > -128.0f && shifted < 128.0f ? static_cast<int>(shifted) : 0;
-      const int64_t at = (k + i) % kChunk;
-      quants[k + i - at + at / 2 + at % 2 * (kChunk / 2)] = static_cast<int8_t>(q);
-      starts[(k + i) / 8] -= kBias8 * q;
+      q[i] = shifted > -128.0f && shifted < 128.0f ? static_cast<int32_t>(shifted) : 0;
     }
+    constexpr int64_t kPiece = kChunk < kScaleBlock ? kChunk : kScaleBlock;
+    for (int64_t i = 0; i < kScaleBlock; i += kPiece) {
+      const int64_t at = (k + i) % kChunk;
+      int8_t* const high = quants + k + i - at + at / 2;
+      for (int64_t j = 0; j < kPiece / 2; ++j) {
+        high[j] = static_cast<int8_t>(q[i + 2 * j]);
+        high[j + kChunk / 2] = static_cast<int8_t>(q[i + 2 * j + 1]);
+      }
+    }
+    for (int64_t i = 0; i < kScaleBlock; ++i) starts[(k + i) / 8] -= kBias8 * q[i];
   }
 }
 
@@ -159,14 +192,13 @@ void int8_tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const flo
   const Table8 table = table8(kNf4Int8);
   F acc[n_rows];
   for (F& lane : acc) lane = zero();
-  for_each_chunk(cols, [&](int64_t c, auto load_codes) {
+  for_each_chunk<n_rows>(packed, row_bytes, cols, [&](int64_t c, const I(&codes)[n_rows]) {
     const int8_t* high = x.quants + c * kChunk;
     const I start = load_dwords(x.starts + c * kWidth);
     const F x_scale = spread8(x.scales, c);
 #pragma GCC unroll 4
     for (int r = 0; r < n_rows; ++r) {
-      const I codes = load_codes(packed + r * row_bytes);
-      const I dot = dot_codes(start, table, codes, high, high + kChunk / 2);
+      const I dot = dot_codes(start, table, codes[r], high, high + kChunk / 2);
       acc[r] = fma(to_float(dot), mul(x_scale, spread8(scales + r * scale_stride, c)), acc[r]);
     }
   });
@@ -178,7 +210,7 @@ void int8_tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const flo
 // of their own, codebook * absmax rounded, and two tables share a register. Words instead of
 // dwords:
 //
-//   x[chunk]:  element 4 i + (j ^ 1)  ->  position 32 j + i,  j = 0 .. 3
+//   x[chunk][j][row][i]  =  element 4 i + (j ^ 1) of the chunk of a row,  j = 0 .. 3
 inline void bf16_pack(const uint16_t* x, int64_t rows, int64_t cols, uint16_t* packed) {
   const int64_t depth = round_up(cols, kChunk);
   for (int64_t m = 0; m < rows; ++m)
@@ -187,38 +219,46 @@ inline void bf16_pack(const uint16_t* x, int64_t rows, int64_t cols, uint16_t* p
       memcpy(chunk, x + m * cols + k, static_cast<size_t>(min64(kChunk, cols - k)) * 2);
       for (int64_t j = 0; j < 4; ++j)
         for (int64_t i = 0; i < 32; ++i)
-          packed[m * depth + k + 32 * j + i] = chunk[4 * i + (j ^ 1)];
+          packed[k * rows + (j * rows + m) * 32 + i] = chunk[4 * i + (j ^ 1)];
     }
 }
 
-template <int j, int m_rows>
-inline void bf16_step(I table, I codes, const uint16_t* x, int64_t depth, F (&acc)[m_rows]) {
-  const I w = decode_words<j>(table, codes);
-  for (int m = 0; m < m_rows; ++m)
-    acc[m] = dot_bf16(acc[m], w, load_dwords(x + m * depth + 32 * j));
+template <int j, int n_rows, int m_rows>
+inline void bf16_step(const I (&tables)[n_rows], const SplitWords (&codes)[n_rows],
+                      const uint16_t* x, F (&acc)[n_rows][2][m_rows]) {
+  I lanes[m_rows];
+#pragma GCC unroll 4
+  for (int m = 0; m < m_rows; ++m) lanes[m] = load_dwords(x + (j * m_rows + m) * 32);
+#pragma GCC unroll 4
+  for (int r = 0; r < n_rows; ++r) {
+    const I w = decode_words<j>(tables[r], codes[r]);
+#pragma GCC unroll 4
+    for (int m = 0; m < m_rows; ++m) acc[r][j % 2][m] = dot_bf16(acc[r][j % 2][m], w, lanes[m]);
+  }
 }
 
 template <int n_rows, int m_rows>
 void bf16_tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const float* scales,
                int64_t scale_stride, const uint16_t* x, float (&sums)[n_rows][m_rows]) {
   const Table16 codebook = table16(kNf4Codebook);
-  const int64_t depth = round_up(cols, kChunk);
   F acc[n_rows][2][m_rows];  // two chains a row: the dot product takes longer than its turn
   for (auto& row : acc)
     for (auto& chain : row)
       for (F& lane : chain) lane = zero();
-  for_each_chunk(cols, [&](int64_t c, auto load_codes) {
-    const uint16_t* xc = x + c * kChunk;
+  for_each_chunk<n_rows>(packed, row_bytes, cols, [&](int64_t c, const I(&codes)[n_rows]) {
+    const uint16_t* xc = x + c * kChunk * m_rows;
+    I tables[n_rows];
+    SplitWords words[n_rows];
 #pragma GCC unroll 4
     for (int r = 0; r < n_rows; ++r) {
       const float* two = scales + r * scale_stride + 2 * c;
-      const I table = table_bf16_pair(scale(codebook, two[0]), scale(codebook, two[1]));
-      const I codes = load_codes(packed + r * row_bytes);
-      bf16_step<0>(table, codes, xc, depth, acc[r][0]);
-      bf16_step<1>(table, codes, xc, depth, acc[r][1]);
-      bf16_step<2>(table, codes, xc, depth, acc[r][0]);
-      bf16_step<3>(table, codes, xc, depth, acc[r][1]);
+      tables[r] = table_bf16_pair(scale(codebook, two[0]), scale(codebook, two[1]));
+      words[r] = split_words(codes[r]);
     }
+    bf16_step<0>(tables, words, xc, acc);
+    bf16_step<1>(tables, words, xc, acc);
+    bf16_step<2>(tables, words, xc, acc);
+    bf16_step<3>(tables, words, xc, acc);
   });
   for (int r = 0; r < n_rows; ++r)
     for (int m = 0; m < m_rows; ++m) sums[r][m] = reduce_add(add(acc[r][0][m], acc[r][1][m]));

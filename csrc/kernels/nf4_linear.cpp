@@ -57,8 +57,8 @@ void product_unit(const Args& args, int64_t row, int64_t rows, int64_t unit, con
     for (int64_t block = 0; block < depth.blocks(); ++block) {
       const int64_t t = depth.begin(block), size = depth.size(block);
       decode_rows<Dtype>(Engine{}, w, n, n_rows, t, size, a);
-      multiply(Engine{}, a, round_up(n_rows, Engine::kRowUnit), b + t * c_stride, groups, size, c,
-               c_stride, block == 0);
+      multiply(Engine{}, a, round_up(n_rows, Engine::kRowUnit), b + t * c_stride, size * kWidth,
+               groups, size, c, c_stride, block == 0);
     }
   }
   if (depth.blocks() == 0) memset(c, 0, static_cast<size_t>(n_rows * c_stride) * 4);
@@ -69,17 +69,19 @@ void product_unit(const Args& args, int64_t row, int64_t rows, int64_t unit, con
                           static_cast<Element*>(args.y) + row * w.rows + n, w.rows);
 }
 
-// The vector paths. shared: x packed; scratch: the scales of kGemvUnit rows of W.
+// The vector paths. shared: x packed; scratch: the scales of kGemvGroup rows of W.
 
-int64_t scale_stride(const feinwerk_nf4_weight& w) { return gemv_depth(w) / kScaleBlock + 1; }
+int64_t scale_stride(const feinwerk_nf4_weight& w) {
+  return (gemv_depth(w) + kScaleBlock - 1) / kScaleBlock;
+}
 
 ProductPlan vector_plan(const Args& args, int64_t packed_row_bytes) {
   ProductPlan plan = {};
   plan.chunk_rows = kGemvRows;
   plan.pack_units = 1;
-  plan.units = (args.weight.rows + kGemvUnit - 1) / kGemvUnit;
+  plan.units = (args.weight.rows + gemv_unit(args.weight) - 1) / gemv_unit(args.weight);
   plan.shared_bytes = round_up(kGemvRows * packed_row_bytes, 64);
-  plan.scratch_bytes = round_up(kGemvUnit * scale_stride(args.weight) * 4, 64);
+  plan.scratch_bytes = round_up(kGemvGroup * scale_stride(args.weight) * 4, 64);
   return plan;
 }
 
@@ -89,21 +91,30 @@ struct VectorRows {
   float* scales;
 };
 
-VectorRows vector_rows(const feinwerk_nf4_weight& w, int64_t unit, uint8_t* scratch) {
+// Calls body(rows) for every group of a unit, its scales read.
+template <class Body>
+void for_each_group(const feinwerk_nf4_weight& w, int64_t unit, uint8_t* scratch,
+                    const Body& body) {
+  const int64_t size = gemv_unit(w), end = min64(w.rows, (unit + 1) * size);
+  const int64_t per_row = w.cols / kScaleBlock;
   VectorRows rows;
-  rows.n = unit * kGemvUnit;
-  rows.count = min64(kGemvUnit, w.rows - rows.n);
   rows.row_bytes = w.cols / 2;
   rows.stride = scale_stride(w);
-  rows.packed = w.packed + rows.n * rows.row_bytes;
   rows.scales = reinterpret_cast<float*>(scratch);
-  for (int64_t r = 0; r < rows.count; ++r) {
-    float* scales = rows.scales + r * rows.stride;
-    const int64_t per_row = w.cols / kScaleBlock;
-    read_scales(w, (rows.n + r) * per_row, per_row, scales);
-    for (int64_t i = per_row; i < rows.stride; ++i) scales[i] = 0;
+  for (rows.n = unit * size; rows.n < end; rows.n += kGemvGroup) {
+    rows.count = min64(kGemvGroup, end - rows.n);
+    rows.packed = w.packed + rows.n * rows.row_bytes;
+    prefetch_scales(w, (rows.n + kGemvGroup) * per_row, kGemvGroup * per_row);
+    if (rows.stride == per_row)
+      read_scales(w, rows.n * per_row, rows.count * per_row, rows.scales);
+    else
+      for (int64_t r = 0; r < rows.count; ++r) {
+        float* const scales = rows.scales + r * rows.stride;
+        read_scales(w, (rows.n + r) * per_row, per_row, scales);
+        for (int64_t i = per_row; i < rows.stride; ++i) scales[i] = 0;
+      }
+    body(rows);
   }
-  return rows;
 }
 
 // Which tile a dtype's vector path runs.
@@ -137,7 +148,7 @@ int64_t vector_tiles(int64_t cols, const VectorRows& rows, int64_t r,
     Vector::tile(rows.packed + r * rows.row_bytes, rows.row_bytes, cols,
                  rows.scales + r * rows.stride, rows.stride, x, sums);
     for (int i = 0; i < n_rows; ++i)
-      for (int m = 0; m < m_rows; ++m) out[m * kGemvUnit + r + i] = sums[i][m];
+      for (int m = 0; m < m_rows; ++m) out[m * kGemvGroup + r + i] = sums[i][m];
   }
   return r;
 }
@@ -147,11 +158,11 @@ template <class Dtype>
 void finish_vector(const Args& args, int64_t row, int64_t m_rows, const VectorRows& rows,
                    const float* out) {
   using Element = typename Dtype::Element;
-  float bias[kGemvUnit] = {};
+  float bias[kGemvGroup] = {};
   if (args.bias) read_floats(args.bias, args.bias_dtype, rows.n, rows.count, bias);
   for (int64_t m = 0; m < m_rows; ++m)
     for (int64_t i = 0; i < rows.count; i += kWidth) {
-      F y = load(out + m * kGemvUnit + i);
+      F y = load(out + m * kGemvGroup + i);
       if (args.bias) y = add(y, load(bias + i));
       write_part<Dtype>(static_cast<Element*>(args.y) + (row + m) * args.weight.rows + rows.n + i,
                         rows.count - i, y);
@@ -161,47 +172,55 @@ void finish_vector(const Args& args, int64_t row, int64_t m_rows, const VectorRo
 template <class Vector>
 void vector_unit(const Args& args, int64_t row, int64_t m_rows, int64_t unit, const uint8_t* shared,
                  uint8_t* scratch) {
-  const VectorRows rows = vector_rows(args.weight, unit, scratch);
   const int64_t cols = args.weight.cols;
   const auto* x = reinterpret_cast<const typename Vector::Packed*>(shared);
-  float out[kGemvRows * kGemvUnit] = {};
-  if (m_rows == 1)
-    vector_tiles<Vector, 1, 1>(cols, rows, vector_tiles<Vector, 4, 1>(cols, rows, 0, x, out), x,
-                               out);
-  else if (m_rows == 2)
-    vector_tiles<Vector, 1, 2>(cols, rows, vector_tiles<Vector, 2, 2>(cols, rows, 0, x, out), x,
-                               out);
-  else if (m_rows == 3)
-    vector_tiles<Vector, 1, 3>(cols, rows, 0, x, out);
-  else
-    vector_tiles<Vector, 1, 4>(cols, rows, 0, x, out);
-  finish_vector<typename Vector::Dtype>(args, row, m_rows, rows, out);
+  for_each_group(args.weight, unit, scratch, [&](const VectorRows& rows) {
+    float out[kGemvRows * kGemvGroup] = {};
+    // As many rows of W at once as the sums leave registers for, then the rest.
+    int64_t r = 0;
+    if (m_rows == 1) {
+      r = vector_tiles<Vector, 4, 1>(cols, rows, r, x, out);
+      vector_tiles<Vector, 1, 1>(cols, rows, r, x, out);
+    } else if (m_rows == 2) {
+      r = vector_tiles<Vector, 2, 2>(cols, rows, r, x, out);
+      vector_tiles<Vector, 1, 2>(cols, rows, r, x, out);
+    } else if (m_rows == 3) {
+      r = vector_tiles<Vector, 2, 3>(cols, rows, r, x, out);
+      vector_tiles<Vector, 1, 3>(cols, rows, r, x, out);
+    } else {
+      r = vector_tiles<Vector, 2, 4>(cols, rows, r, x, out);
+      vector_tiles<Vector, 1, 4>(cols, rows, r, x, out);
+    }
+    finish_vector<typename Vector::Dtype>(args, row, m_rows, rows, out);
+  });
 }
 
 void int8_unit(const Args& args, int64_t row, int64_t m_rows, int64_t unit, const uint8_t* shared,
                uint8_t* scratch) {
-  const VectorRows rows = vector_rows(args.weight, unit, scratch);
-  float out[kGemvRows * kGemvUnit] = {};
-  for (int64_t m = 0; m < m_rows; ++m) {
-    const Int8Row x = int8_row(shared + m * int8_row_bytes(args.weight.cols), args.weight.cols);
-    float* sums = out + m * kGemvUnit;
-    int64_t r = 0;
-    const auto tile = [&](auto& part) {
-      int8_tile(rows.packed + r * rows.row_bytes, rows.row_bytes, args.weight.cols,
-                rows.scales + r * rows.stride, rows.stride, x, part);
-      for (float sum : part) sums[r++] = sum;
-    };
-    while (r + kGemvWeightRows <= rows.count) {
-      float part[kGemvWeightRows];
-      tile(part);
+  const int64_t cols = args.weight.cols;
+  for_each_group(args.weight, unit, scratch, [&](const VectorRows& rows) {
+    float out[kGemvRows * kGemvGroup] = {};
+    for (int64_t m = 0; m < m_rows; ++m) {
+      const Int8Row x = int8_row(shared + m * int8_row_bytes(cols), cols);
+      float* sums = out + m * kGemvGroup;
+      int64_t r = 0;
+      const auto tile = [&](auto& part) {
+        int8_tile(rows.packed + r * rows.row_bytes, rows.row_bytes, cols,
+                  rows.scales + r * rows.stride, rows.stride, x, part);
+        for (float sum : part) sums[r++] = sum;
+      };
+      while (r + kGemvWeightRows <= rows.count) {
+        float part[kGemvWeightRows];
+        tile(part);
+      }
+      while (r < rows.count) {
+        float part[1];
+        tile(part);
+      }
     }
-    while (r < rows.count) {
-      float part[1];
-      tile(part);
-    }
-  }
-  with_dtype(args.dtype,
-             [&](auto dtype) { finish_vector<decltype(dtype)>(args, row, m_rows, rows, out); });
+    with_dtype(args.dtype,
+               [&](auto dtype) { finish_vector<decltype(dtype)>(args, row, m_rows, rows, out); });
+  });
 }
 
 }  // namespace

@@ -43,7 +43,8 @@ ProductPlan plan_for(const Args& args) {
   plan.pack_units = depth.blocks();
   plan.units = (args.weight.cols + cut.unit - 1) / cut.unit;
   plan.shared_bytes = cut.chunk_rows * depth.blocks() * Engine::kDepth * 4;
-  plan.scratch_bytes = (cut.slab * Engine::kDepth + cut.unit * cut.chunk_rows) * 4;
+  plan.scratch_bytes =
+      (cut.slab / kWidth * lane_stride(Engine::kDepth) + cut.unit * cut.chunk_rows) * 4;
   return plan;
 }
 
@@ -87,7 +88,8 @@ void nf4_linear_backward_unit(const Args& args, int64_t row, int64_t rows, int64
     const Cut cut = cut_of<Engine>(args);
     const int64_t k = unit * cut.unit, cols = min64(cut.unit, w.cols - k);
     auto* b = reinterpret_cast<Unit*>(scratch);
-    auto* c = reinterpret_cast<float*>(scratch + cut.slab * Engine::kDepth * 4);
+    auto* c =
+        reinterpret_cast<float*>(scratch + cut.slab / kWidth * lane_stride(Engine::kDepth) * 4);
     const auto* a = reinterpret_cast<const Unit*>(shared);
     {
       const Tiles<Engine> tiles;
@@ -95,9 +97,12 @@ void nf4_linear_backward_unit(const Args& args, int64_t row, int64_t rows, int64
         for (int64_t i = 0; i < cols; i += cut.slab) {
           const int64_t t = depth.begin(block), size = depth.size(block);
           const int64_t lanes = round_up(min64(cut.slab, cols - i), kRun);
-          decode_lanes<Dtype>(engine, w, t * Engine::kPair, size, k + i, lanes, b);
-          multiply(engine, a + t * padded<Engine>(rows), padded<Engine>(rows), b, lanes / kWidth,
-                   size, c + i, cut.unit, block == 0);
+          const int64_t n = t * Engine::kPair;
+          const NextLanes next = i + cut.slab < cols ? NextLanes{n, k + i + cut.slab}
+                                                     : NextLanes{n + size * Engine::kPair, k};
+          decode_lanes<Dtype>(engine, w, n, size, k + i, lanes, next, b);
+          multiply(engine, a + t * padded<Engine>(rows), padded<Engine>(rows), b, lane_stride(size),
+                   lanes / kWidth, size, c + i, cut.unit, block == 0);
         }
     }
     if (depth.blocks() == 0) memset(c, 0, static_cast<size_t>(rows * cut.unit) * 4);

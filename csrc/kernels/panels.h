@@ -71,7 +71,7 @@ inline void decode_rows(Engine, const feinwerk_nf4_weight& w, int64_t n, int64_t
                 end = min64(w.cols, k + total);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = (n + r) * w.cols;
-    const auto at = [&](int64_t i) { return a + Engine::a_offset(r, i / Engine::kPair); };
+    const auto at = [=](int64_t i) { return a + Engine::a_offset(r, i / Engine::kPair); };
     prefetch_codes(w, row + end, row + min64(w.cols, end + total));
     if constexpr (Engine::kPair == 1)
       decode_panel_row<Dtype>(w, row + k, row + end, total, at);
@@ -83,20 +83,30 @@ inline void decode_rows(Engine, const feinwerk_nf4_weight& w, int64_t n, int64_t
       store(reinterpret_cast<float*>(a + Engine::a_offset(r, u)), zero());
 }
 
-constexpr int64_t kRowsAhead = 16;  // rows between asking for codes and decoding them
-
-inline void prefetch_row(const feinwerk_nf4_weight& w, int64_t row, int64_t k, int64_t end) {
-  if (row < w.rows) prefetch_codes(w, row * w.cols + k, row * w.cols + end);
+// Asks for what the next call of decode_lanes will read: row n + t of W, columns from k on. A whole
+// product lies between, in which memory is idle; a few rows would be too short a time.
+struct NextLanes {
+  int64_t n, k;
+};
+inline void prefetch_lanes(const feinwerk_nf4_weight& w, NextLanes next, int64_t t, int64_t lanes) {
+  if (next.n + t >= w.rows || next.k >= w.cols) return;
+  const int64_t begin = (next.n + t) * w.cols + next.k;
+  const int64_t end = begin + min64(lanes, w.cols - next.k);
+  prefetch_codes(w, begin, end);
 }
+
+// From one group of B to the next, in units. Rows of W are decoded across all groups, and with a
+// power of two between them every line of a row would fall into the same cache set.
+inline int64_t lane_stride(int64_t depth) { return (depth + 1) * kWidth; }
 
 // B from rows of W: lanes are `lanes` columns from k on, the contraction runs over rows n + t.
 template <class Dtype>
 inline void decode_lanes(Fp32Engine, const feinwerk_nf4_weight& w, int64_t n, int64_t depth,
-                         int64_t k, int64_t lanes, float* b) {
+                         int64_t k, int64_t lanes, NextLanes next, float* b) {
   const int64_t end = min64(w.cols, k + lanes);
   for (int64_t t = 0; t < depth; ++t) {
-    const auto at = [&](int64_t i) { return b + i * depth + t * kWidth; };
-    prefetch_row(w, n + t + kRowsAhead, k, end);
+    const auto at = [=](int64_t i) { return b + i / kWidth * lane_stride(depth) + t * kWidth; };
+    prefetch_lanes(w, next, t, lanes);
     if (n + t < w.rows)
       decode_panel_row<Dtype>(w, (n + t) * w.cols + k, (n + t) * w.cols + end, lanes, at);
     else
@@ -106,7 +116,7 @@ inline void decode_lanes(Fp32Engine, const feinwerk_nf4_weight& w, int64_t n, in
 #if defined(FEINWERK_BF16_DOT)
 template <class Dtype>
 inline void decode_lanes(PairEngine, const feinwerk_nf4_weight& w, int64_t n, int64_t depth,
-                         int64_t k, int64_t lanes, uint32_t* b) {
+                         int64_t k, int64_t lanes, NextLanes next, uint32_t* b) {
   // Word 2 i of a result is word i of the even row, word 2 i + 1 that of the odd row.
   alignas(64) static constexpr uint16_t kFirst[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                       37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
@@ -118,7 +128,7 @@ inline void decode_lanes(PairEngine, const feinwerk_nf4_weight& w, int64_t n, in
     alignas(64) uint16_t rows[2][kMaxRow];
     for (int64_t p = 0; p < 2; ++p) {
       const int64_t row = n + 2 * t + p;
-      prefetch_row(w, row + kRowsAhead, k, end);
+      prefetch_lanes(w, next, 2 * t + p, lanes);
       const auto at = [&](int64_t i) { return rows[p] + i; };
       if (row < w.rows)
         decode_panel_row_bf16(w, row * w.cols + k, row * w.cols + end, lanes, at);
@@ -127,9 +137,9 @@ inline void decode_lanes(PairEngine, const feinwerk_nf4_weight& w, int64_t n, in
     }
     for (int64_t i = 0; i < lanes; i += 32) {
       const I even = _mm512_load_si512(rows[0] + i), odd = _mm512_load_si512(rows[1] + i);
-      _mm512_storeu_si512(b + i * depth + t * 16, _mm512_permutex2var_epi16(even, first, odd));
-      _mm512_storeu_si512(b + (i + 16) * depth + t * 16,
-                          _mm512_permutex2var_epi16(even, second, odd));
+      uint32_t* const to = b + i / kWidth * lane_stride(depth) + t * 16;
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, first, odd));
+      _mm512_storeu_si512(to + lane_stride(depth), _mm512_permutex2var_epi16(even, second, odd));
     }
   }
 }

@@ -110,6 +110,9 @@ inline void sweep_rows(Engine engine, const typename Engine::Unit* a, int64_t ro
   struct Half {
     enum { value = kMicroRows / 2 };
   };
+  struct Third {
+    enum { value = kMicroRows / 3 };
+  };
   struct Two {
     enum { value = 2 };
   };
@@ -118,6 +121,7 @@ inline void sweep_rows(Engine engine, const typename Engine::Unit* a, int64_t ro
   };
   step(Full{});
   step(Half{});
+  step(Third{});
   step(Two{});
   step(One{});
 }
@@ -125,9 +129,8 @@ inline void sweep_rows(Engine engine, const typename Engine::Unit* a, int64_t ro
 // C[rows, groups * kWidth] (+)= A B over one depth block.
 template <class Engine>
 inline void multiply(Engine engine, const typename Engine::Unit* a, int64_t rows,
-                     const typename Engine::Unit* b, int64_t groups, int64_t depth, float* c,
-                     int64_t c_stride, bool first) {
-  const int64_t b_stride = depth * kWidth;
+                     const typename Engine::Unit* b, int64_t b_stride, int64_t groups,
+                     int64_t depth, float* c, int64_t c_stride, bool first) {
   int64_t g = 0;
   for (; g + kMicroVectors <= groups; g += kMicroVectors)
     sweep_rows<kMicroVectors>(engine, a, rows, b + g * b_stride, b_stride, depth, c + g * kWidth,
@@ -196,9 +199,9 @@ inline void amx_micro(const uint32_t* a, const uint32_t* b, int64_t b_stride, in
 }
 
 // depth is a multiple of 16 units, rows of 16.
-inline void multiply(AmxEngine, const uint32_t* a, int64_t rows, const uint32_t* b, int64_t groups,
-                     int64_t depth, float* c, int64_t c_stride, bool first) {
-  const int64_t b_stride = depth * 16;
+inline void multiply(AmxEngine, const uint32_t* a, int64_t rows, const uint32_t* b,
+                     int64_t b_stride, int64_t groups, int64_t depth, float* c, int64_t c_stride,
+                     bool first) {
   for (int64_t g = 0; g < groups; g += 2)
     for (int64_t r = 0; r < rows; r += 32) {
       const uint32_t* const a_tile = a + AmxEngine::a_offset(r, 0);

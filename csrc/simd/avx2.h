@@ -142,11 +142,6 @@ inline void transpose(F (&r)[kWidth]) {
   for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 
-inline F gather_bytes(const float* table, const uint8_t* codes) {
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
-  return _mm256_i32gather_ps(table, _mm256_cvtepu8_epi32(bytes), 4);
-}
-
 constexpr int kBias8 = 0;
 using Table8 = __m256i;
 inline Table8 table8(const int8_t* p) {

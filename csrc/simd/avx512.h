@@ -187,9 +187,45 @@ inline void transpose(F (&r)[kWidth]) {
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 
-inline F gather_bytes(const float* table, const uint8_t* codes) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-  return _mm512_i32gather_ps(_mm512_cvtepu8_epi32(bytes), table, 4);
+// out[i] = table[codes[i]] for 256 floats, 32 codes at a time while they last; returns how many.
+// Two look-ups of words, the low and the high halves of the floats, instead of a gather.
+// Not inlined: where a caller's count is always small, GCC 12 warns of the stores never reached.
+__attribute__((noinline, unused)) int64_t look_up_words(const float* table, const uint8_t* codes,
+                                                        int64_t count, float* out) {
+  alignas(64) static constexpr uint16_t kEven[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
+                                                     22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
+                                                     44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+  const I even = _mm512_load_si512(kEven), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+  I halves[2][8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const I first = _mm512_loadu_si512(table + 32 * i);
+    const I second = _mm512_loadu_si512(table + 32 * i + 16);
+    halves[0][i] = _mm512_permutex2var_epi16(first, even, second);
+    halves[1][i] = _mm512_permutex2var_epi16(first, odd, second);
+  }
+  // Codes in the order in which unpacking below leaves their floats sorted.
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
+    const I code = _mm512_cvtepu8_epi16(_mm256_permutevar8x32_epi32(bytes, order));
+    const __mmask32 bit6 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(64));
+    const __mmask32 bit7 = _mm512_test_epi16_mask(code, _mm512_set1_epi16(128));
+    I words[2];
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const I(&t)[8] = halves[h];
+      const I low = _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(t[0], code, t[1]),
+                                            _mm512_permutex2var_epi16(t[2], code, t[3]));
+      const I high = _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(t[4], code, t[5]),
+                                             _mm512_permutex2var_epi16(t[6], code, t[7]));
+      words[h] = _mm512_mask_blend_epi16(bit7, low, high);
+    }
+    _mm512_storeu_si512(out + i, _mm512_unpacklo_epi16(words[0], words[1]));
+    _mm512_storeu_si512(out + i + 16, _mm512_unpackhi_epi16(words[0], words[1]));
+  }
+  return i;
 }
 
 // Table entries are stored plus kBias8: vpdpbusd multiplies unsigned by signed bytes. The caller
@@ -239,14 +275,22 @@ inline I decode32_words(I tables, const uint8_t* p) {
   const I index = _mm512_ternarylogic_epi32(words32(p), _mm512_set1_epi16(15), half, 0xea);
   return _mm512_permutexvar_epi16(index, tables);
 }
-// Nibble j of every word of codes, looked up in the half of the table its position belongs to.
-template <int j>
-inline I decode_words(I table, I codes) {
-  const I half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  const I shifted = j == 0 ? codes : _mm512_srli_epi16(codes, 4 * j);
+// The nibbles of every word, each with the bit above it that chooses the table of its position:
+// nibbles 0 and 2 in `even`, 1 and 3 in `odd`, at bits 0 and 8.
+struct SplitWords {
+  I even, odd;
+};
+inline SplitWords split_words(I codes) {
+  const I nibbles = _mm512_set1_epi8(15);
+  const I half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
   // 0xea: (a & b) | c
-  const I index = _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi16(15), half, 0xea);
-  return _mm512_permutexvar_epi16(index, table);
+  return {_mm512_ternarylogic_epi32(codes, nibbles, half, 0xea),
+          _mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, 4), nibbles, half, 0xea)};
+}
+template <int j>
+inline I decode_words(I table, const SplitWords& codes) {
+  const I pair = j % 2 == 0 ? codes.even : codes.odd;
+  return _mm512_permutexvar_epi16(j < 2 ? pair : _mm512_srli_epi16(pair, 8), table);
 }
 #endif
 

@@ -130,13 +130,6 @@ inline void transpose(F (&r)[kWidth]) {
   r[3] = narrow(vtrn2q_f64(odd01, odd23));
 }
 
-inline F gather_bytes(const float* table, const uint8_t* codes) {
-  F x = vld1q_dup_f32(table + codes[0]);
-  x = vld1q_lane_f32(table + codes[1], x, 1);
-  x = vld1q_lane_f32(table + codes[2], x, 2);
-  return vld1q_lane_f32(table + codes[3], x, 3);
-}
-
 constexpr int kBias8 = 0;
 using Table8 = int8x16_t;
 inline Table8 table8(const int8_t* p) { return vld1q_s8(p); }

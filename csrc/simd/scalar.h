@@ -137,10 +137,6 @@ inline void transpose(F (&rows)[kWidth]) {
       rows[j].v[i] = t;
     }
 }
-inline F gather_bytes(const float* table, const uint8_t* codes) {
-  return lanes([&](int i) { return table[codes[i]]; });
-}
-
 constexpr int kBias8 = 0;
 struct Table8 {
   int8_t v[16];

@@ -14,7 +14,6 @@
 //   code_bins(thresholds) nf4_code_in_bins(x, bins)    the same for finite x in [-1, 1]
 //   store_codes(p, codes)      packs kWidth codes into kWidth / 2 bytes
 //   transpose(rows)            a kWidth x kWidth matrix of dwords in place
-//   gather_bytes(table, codes) lane i: table[codes[i]], 256 floats
 //   dot_codes(acc, table8, v, x_high, x_low)   8 products of signed bytes a lane (see kBias8)
 //   kMicroRows kMicroVectors   the register tile of the matrix product
 //

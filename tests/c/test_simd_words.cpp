@@ -276,18 +276,8 @@ void test_nf4_codes() {
 }
 
 void test_moves() {
-  float table[256], scales[64];
-  for (float& v : table) v = ref::float_of_bits(random_bits());
+  float scales[64];
   for (float& v : scales) v = random_float();
-  for (uint32_t byte = 0; byte < 256; ++byte)
-    for (int at = 0; at < kWidth; ++at) {
-      uint8_t codes[kWidth];
-      float want[kWidth];
-      for (uint8_t& c : codes) c = static_cast<uint8_t>(random_bits() >> 24);
-      codes[at] = static_cast<uint8_t>(byte);
-      for (int i = 0; i < kWidth; ++i) memcpy(want + i, table + codes[i], 4);
-      same_bits("gather_bytes", fw::gather_bytes(table, codes), want, byte);
-    }
   for (int64_t c = 0; (c + 1) * kWidth <= 8 * 64; ++c) {
     float want[kWidth];
     for (int i = 0; i < kWidth; ++i) want[i] = scales[(c * kWidth + i) / 8];

@@ -79,7 +79,10 @@ def test_non_contiguous_x(backend: str) -> None:
     expanded = make_x((1, 96), torch.float32).expand(5, 96)
     backwards = make_x((5, 3, 96), torch.float32).transpose(0, 1)
     for x in (transposed, strided, offset, expanded, backwards):
-        assert_same_bits(weight.linear(x), weight.linear(x.contiguous()))
+        y = weight.linear(x)
+        assert_within_budget(y.reshape(-1, 11), x.reshape(-1, 96), weight.dense())
+        if backend != "reference":  # torch's own product may round a strided x otherwise
+            assert_same_bits(y, weight.linear(x.contiguous()))
 
 
 def test_packed_of_any_shape(backend: str) -> None:
