@@ -1,6 +1,7 @@
 // Measures what this machine can do at most: memory traffic of any read:write mix, and arithmetic.
 // Built by machine.py with the system compiler and called through ctypes; not part of the library.
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -79,16 +80,16 @@ inline void write_line(char* p, Lane value) {
 }
 
 // Walks through both buffers once, `r` lines read for every `w` lines written; r and w share their
-// buffers' lengths, so both end together. Four read streams a page apart keep more lines in flight.
+// buffers' lengths, so both end together. The reads go side by side in that many streams.
+template <int64_t streams>
 void stream(const char* in, int64_t read_lines, char* out, int64_t write_lines) {
   Lane a = {0, 0}, b = {0, 0};
-  constexpr int64_t kStreams = 4;
-  const int64_t quarter = read_lines / kStreams;
-  const int64_t steps = quarter > 0 ? quarter : write_lines;
+  const int64_t part = read_lines / streams;
+  const int64_t steps = part > 0 ? part : write_lines;
   int64_t written = 0;
   for (int64_t i = 0; i < steps; ++i) {
-    if (quarter > 0) {
-      for (int64_t s = 0; s < kStreams; ++s) read_line(in + (s * quarter + i) * kLine, a, b);
+    if (part > 0) {
+      for (int64_t s = 0; s < streams; ++s) read_line(in + (s * part + i) * kLine, a, b);
     }
     const int64_t due = write_lines * (i + 1) / steps;
     for (; written < due; ++written) write_line(out + written * kLine, a);
@@ -220,8 +221,20 @@ double ceilings_stream(int threads, int64_t read_bytes, int64_t write_bytes) {
     if (in > 0 && reads[t].at_least(in) == nullptr) return -1;
     if (out > 0 && writes[t].at_least(out) == nullptr) return -1;
   }
-  return together(threads,
-                  [&](int t) { stream(reads[t].data, in / kLine, writes[t].data, out / kLine); });
+  const auto pass = [&](void (*walk)(const char*, int64_t, char*, int64_t)) {
+    return together(threads,
+                    [&](int t) { walk(reads[t].data, in / kLine, writes[t].data, out / kLine); });
+  };
+  // One stream or four: which is faster differs between CPUs by a factor of two. Tried once.
+  static void (*const faster)(const char*, int64_t, char*, int64_t) = [&] {
+    double one = 1e9, four = 1e9;
+    for (int i = 0; i < 5; ++i) {
+      one = std::min(one, pass(stream<1>));
+      four = std::min(four, pass(stream<4>));
+    }
+    return one < four ? stream<1> : stream<4>;
+  }();
+  return pass(faster);
 }
 
 // Operations in a second of `steps` steps on every thread; 0 when this CPU lacks the unit.

@@ -196,8 +196,6 @@ def paired(
     return Paired(ours.name, samples)
 
 
-def copies_beyond_cache(
-    nbytes: int, cache_bytes: int, factor: float = 1.25, most: int = 256
-) -> int:
+def copies_beyond_cache(nbytes: int, cache_bytes: int, factor: float = 2.0, most: int = 256) -> int:
     """How many copies of `nbytes` a candidate needs so that none is still cached at its turn."""
     return max(1, min(most, math.ceil(factor * cache_bytes / max(nbytes, 1))))

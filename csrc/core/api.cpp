@@ -16,6 +16,7 @@ namespace {
 
 // Enough work for a thread to be worth waking: about 10 us at 1 to 10 GB/s.
 constexpr int64_t kGrainElements = 1 << 16;
+constexpr int64_t kHugePage = 2 << 20;  // bytes
 
 int64_t element_bytes(feinwerk_dtype dtype) { return dtype == FEINWERK_FLOAT32 ? 4 : 2; }
 
@@ -128,7 +129,12 @@ feinwerk_status feinwerk_nf4_dequantize(const feinwerk_nf4_dequantize_args* argu
     check_count(op, "out_count", args.out_count, count);
     check_buffer(op, "out", args.out, count);
     const KernelTable& table = active_table();
-    for_each_range(executor, count, kGrainElements, [&](int64_t begin, int64_t end) {
+    // A large output is fresh memory, in huge pages where the host has any. Who touches a page
+    // first waits until the system has cleared it, and so does everyone else in it: a page or more
+    // each.
+    const int64_t page = kHugePage / element_bytes(args.dtype);
+    const int64_t grain = count >= 8 * page ? page : kGrainElements;
+    for_each_range(executor, count, grain, [&](int64_t begin, int64_t end) {
       table.nf4_dequantize(args.weight, begin, end, args.dtype,
                            static_cast<uint8_t*>(args.out) + begin * element_bytes(args.dtype));
     });

@@ -3,10 +3,9 @@
 //
 // Needs whole blocks of 64 elements: K % 64 == 0 and blocksize >= 64. Codes are read as dwords, 8
 // consecutive elements a lane; nibble j of all lanes is looked up at once, so the activations are
-// rearranged first, chunk by chunk of 8 * kWidth elements:
+// rearranged first, chunk by chunk of 8 * kWidth elements (j ^ 1: the high nibble comes first):
 //
-//   x[chunk][j][row][i]  =  element 8 i + (j ^ 1) of the chunk of a row      (the high nibble comes
-//                                                                              first)
+//   x[chunk][j][row][i]  =  element 8 i + (j ^ 1) of the chunk of a row
 #ifndef FEINWERK_KERNELS_GEMV_H_
 #define FEINWERK_KERNELS_GEMV_H_
 
