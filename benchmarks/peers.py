@@ -43,7 +43,7 @@ def optional(name: str) -> ModuleType:
 
 
 def build(
-    factories: Iterable[Callable[[], Candidate]],
+    factories: Iterable[functools.partial[Candidate]],
 ) -> tuple[list[Candidate], dict[str, str]]:
     """The candidates that can run, and the reasons of those that cannot."""
     found, missing = [], {}
@@ -51,9 +51,8 @@ def build(
         try:
             found.append(factory())
         except Unsupported as error:
-            inner = factory.func if isinstance(factory, functools.partial) else factory
-            arguments = factory.args[1:] if isinstance(factory, functools.partial) else ()
-            missing[" ".join((inner.__name__, *map(str, arguments)))] = str(error)
+            words = [str(word) for word in factory.args if isinstance(word, int)]
+            missing[" ".join((factory.func.__name__, *words))] = str(error)
     return found, missing
 
 
@@ -232,7 +231,7 @@ def ort_candidate(problem: Problem, name: str, op: str, half: bool, **attrs: int
     candidate = Candidate(name, [call], per_call=nodes, note=note)
     call()
     truth = x[:4].float() @ weight.t()
-    return sane(candidate, torch.from_numpy(values[-1].numpy()[:4].copy()), truth)
+    return sane(candidate, torch.from_numpy(values[0].numpy()[:4].copy()), truth)
 
 
 def ort_int4(problem: Problem, level: int = 0, blocksize: int = 64) -> Candidate:
@@ -283,15 +282,11 @@ def linear_peers(problem: Problem, what: str, few: bool) -> tuple[list[Candidate
                 factories.append(ort_int4_fp16)
             if problem.dtype == DTYPES["fp32"] and problem.M in (1, 64):
                 factories.append(ort_nf4)
-    return build(functools.partial(_call, factory, problem) for factory in factories)
+    return build(functools.partial(factory, problem) for factory in factories)
 
 
 def _at_level(level: int, blocksize: int, problem: Problem) -> Candidate:
     return ort_int4(problem, level, blocksize)
-
-
-def _call(factory: Callable[[Problem], Candidate], problem: Problem) -> Candidate:
-    return factory(problem)
 
 
 def bnb_quantize(weights: list[torch.Tensor], blocksize: int = 64) -> Candidate:
