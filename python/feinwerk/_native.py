@@ -8,6 +8,8 @@ it reads. torch is imported before `_C`, so that the core finds torch's OpenMP r
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -71,14 +73,20 @@ def openmp() -> str:
     return _C.openmp()
 
 
+def _empty(shape: int | Sequence[int], dtype: torch.dtype) -> Tensor:
+    """On CPU whatever `torch.device(...)` context or default device the caller is in."""
+    size = (shape,) if isinstance(shape, int) else shape
+    return torch.empty(size, dtype=dtype, device="cpu")
+
+
 def nf4_quantize(
     weight: Tensor, blocksize: int, rule: str, allow_non_finite: bool
 ) -> tuple[Tensor, Tensor]:
     """Packed codes [ceil(n / 2)] and absmax [ceil(n / blocksize)] of a weight of n elements."""
     weight = weight.contiguous()
     count = weight.numel()
-    packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-count // blocksize), dtype=torch.float32)
+    packed = _empty((count + 1) // 2, torch.uint8)
+    absmax = _empty(-(-count // blocksize), torch.float32)
     _C.nf4_quantize(
         weight.data_ptr(),
         _DTYPES[weight.dtype],
@@ -126,11 +134,23 @@ class _Weight:
         self.fields = (rows, cols, blocksize, packed.data_ptr(), packed.numel(), *tail)
 
 
-def _workspace(size: int) -> tuple[Tensor, int]:
-    """At least `size` bytes and the aligned address to use; keep the tensor while it is in use."""
-    buffer = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
-    address = buffer.data_ptr()
-    return buffer, address + -address % _ALIGNMENT
+class _Scratch(threading.local):
+    """Each thread's workspace, kept between calls: fresh pages cost more than a small product."""
+
+    buffer: Tensor | None = None
+
+    def at_least(self, size: int) -> int:
+        """The aligned address of `size` bytes that the thread's next call may use again."""
+        buffer = self.buffer
+        if buffer is None or buffer.numel() < size + _ALIGNMENT:
+            # The old one first, so that both are never held.
+            self.buffer = None
+            self.buffer = buffer = _empty(size + _ALIGNMENT, torch.uint8)
+        address = buffer.data_ptr()
+        return address + -address % _ALIGNMENT
+
+
+_scratch = _Scratch()
 
 
 def nf4_dequantize(
@@ -144,7 +164,7 @@ def nf4_dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight in `dtype`, of `shape`."""
-    out = torch.empty(shape, dtype=dtype)
+    out = _empty(shape, dtype)
     if out.nbytes >= _ALWAYS_MAPPED:
         _C.advise_huge_pages(out.data_ptr(), out.nbytes)
     nested = (nested_absmax, nested_codebook, nested_offset)
@@ -171,7 +191,7 @@ def nf4_linear(
     """y[..., N] = x[..., K] @ W^T + bias."""
     x = x.contiguous()
     rows = math.prod(x.shape[:-1])
-    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype)
+    y = _empty((*x.shape[:-1], N), x.dtype)
     nested = (nested_absmax, nested_codebook, nested_offset)
     weight = _Weight(packed, absmax, nested, N, K, blocksize)
     if bias is not None:
@@ -179,7 +199,7 @@ def nf4_linear(
     threads = torch.get_num_threads()
     dtype, mode = _DTYPES[x.dtype], _COMPUTES[compute]
     size = _C.nf4_linear_workspace(rows, N, K, blocksize, dtype, mode, threads)
-    buffer, address = _workspace(size)
+    address = _scratch.at_least(size)
     _C.nf4_linear(
         weight.fields,
         x.data_ptr(),
@@ -193,7 +213,6 @@ def nf4_linear(
         size,
         threads,
     )
-    del buffer
     return y
 
 
@@ -211,17 +230,16 @@ def nf4_linear_backward(
     """grad_x[..., K] = grad_y[..., N] @ W."""
     grad_y = grad_y.contiguous()
     rows = math.prod(grad_y.shape[:-1])
-    grad_x = torch.empty((*grad_y.shape[:-1], K), dtype=grad_y.dtype)
+    grad_x = _empty((*grad_y.shape[:-1], K), grad_y.dtype)
     nested = (nested_absmax, nested_codebook, nested_offset)
     weight = _Weight(packed, absmax, nested, N, K, blocksize)
     threads = torch.get_num_threads()
     dtype = _DTYPES[grad_y.dtype]
     size = _C.nf4_linear_backward_workspace(rows, N, K, blocksize, dtype, threads)
-    buffer, address = _workspace(size)
+    address = _scratch.at_least(size)
     _C.nf4_linear_backward(
         weight.fields, grad_y.data_ptr(), grad_x.data_ptr(), dtype, rows, address, size, threads
     )
-    del buffer
     return grad_x
 
 
@@ -239,7 +257,7 @@ def nf4_embedding(
 ) -> Tensor:
     """out[..., K] = W[indices, :]."""
     indices = indices.to(torch.int64).contiguous()
-    out = torch.empty((*indices.shape, K), dtype=dtype)
+    out = _empty((*indices.shape, K), dtype)
     nested = (nested_absmax, nested_codebook, nested_offset)
     weight = _Weight(packed, absmax, nested, N, K, blocksize)
     _C.nf4_embedding(
@@ -259,9 +277,9 @@ def blockwise_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """8-bit codes of x, absmax per block, and the mean that was subtracted (0 without center)."""
     x, codebook = x.contiguous(), codebook.contiguous()
-    codes = torch.empty(x.shape, dtype=torch.uint8)
-    absmax = torch.empty(-(-x.numel() // blocksize), dtype=torch.float32)
-    offset = torch.empty((), dtype=torch.float32)
+    codes = _empty(x.shape, torch.uint8)
+    absmax = _empty(-(-x.numel() // blocksize), torch.float32)
+    offset = _empty((), torch.float32)
     _C.blockwise_quantize(
         x.data_ptr(),
         x.numel(),
@@ -283,7 +301,7 @@ def blockwise_dequantize(
 ) -> Tensor:
     """codebook[codes] * absmax + offset in fp32."""
     codes, absmax, codebook = codes.contiguous(), absmax.contiguous(), codebook.contiguous()
-    out = torch.empty(codes.shape, dtype=torch.float32)
+    out = _empty(codes.shape, torch.float32)
     _C.blockwise_dequantize(
         codes.data_ptr(),
         codes.numel(),
