@@ -115,8 +115,11 @@ def nf4_weight(
 
 
 def copy_of(weight: feinwerk.NF4Weight) -> feinwerk.NF4Weight:
-    """The same weight in memory of its own; the small nested tensors are shared."""
-    return replace(weight, packed=weight.packed.clone(), absmax=weight.absmax.clone())
+    """The same weight in memory of its own, as quantizing leaves it."""
+    dense = dense_weight(*weight.shape)
+    return feinwerk.NF4Weight.from_dense(
+        dense, blocksize=weight.blocksize, double_quant=weight.double_quant
+    )
 
 
 def ours(problem: Problem, compute: str = "exact") -> Candidate:

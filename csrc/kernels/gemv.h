@@ -237,7 +237,7 @@ inline void bf16_step(const I (&tables)[n_rows], const SplitWords (&codes)[n_row
 }
 
 template <int n_rows, int m_rows>
-void bf16_tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const float* scales,
+void gemv_tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const float* scales,
                int64_t scale_stride, const uint16_t* x, float (&sums)[n_rows][m_rows]) {
   const Table16 codebook = table16(kNf4Codebook);
   F acc[n_rows][2][m_rows];  // two chains a row: the dot product takes longer than its turn

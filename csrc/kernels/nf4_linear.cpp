@@ -117,36 +117,13 @@ void for_each_group(const feinwerk_nf4_weight& w, int64_t unit, uint8_t* scratch
   }
 }
 
-// Which tile a dtype's vector path runs.
-struct Fp32Vector {
-  using Dtype = Float32;
-  using Packed = float;
-  template <int n_rows, int m_rows>
-  static void tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const float* scales,
-                   int64_t stride, const float* x, float (&sums)[n_rows][m_rows]) {
-    gemv_tile(packed, row_bytes, cols, scales, stride, x, sums);
-  }
-};
-#if defined(FEINWERK_BF16_DOT)
-struct Bf16Vector {
-  using Dtype = Bfloat16;
-  using Packed = uint16_t;
-  template <int n_rows, int m_rows>
-  static void tile(const uint8_t* packed, int64_t row_bytes, int64_t cols, const float* scales,
-                   int64_t stride, const uint16_t* x, float (&sums)[n_rows][m_rows]) {
-    bf16_tile(packed, row_bytes, cols, scales, stride, x, sums);
-  }
-};
-#endif
-
 // Rows of W from r on, n_rows at a time while they last; out[m][i] as finish_vector takes it.
-template <class Vector, int n_rows, int m_rows>
-int64_t vector_tiles(int64_t cols, const VectorRows& rows, int64_t r,
-                     const typename Vector::Packed* x, float* out) {
+template <int n_rows, int m_rows, class Packed>
+int64_t vector_tiles(int64_t cols, const VectorRows& rows, int64_t r, const Packed* x, float* out) {
   for (; r + n_rows <= rows.count; r += n_rows) {
     float sums[n_rows][m_rows];
-    Vector::tile(rows.packed + r * rows.row_bytes, rows.row_bytes, cols,
-                 rows.scales + r * rows.stride, rows.stride, x, sums);
+    gemv_tile(rows.packed + r * rows.row_bytes, rows.row_bytes, cols, rows.scales + r * rows.stride,
+              rows.stride, x, sums);
     for (int i = 0; i < n_rows; ++i)
       for (int m = 0; m < m_rows; ++m) out[m * kGemvGroup + r + i] = sums[i][m];
   }
@@ -169,29 +146,29 @@ void finish_vector(const Args& args, int64_t row, int64_t m_rows, const VectorRo
     }
 }
 
-template <class Vector>
+template <class Dtype>
 void vector_unit(const Args& args, int64_t row, int64_t m_rows, int64_t unit, const uint8_t* shared,
                  uint8_t* scratch) {
   const int64_t cols = args.weight.cols;
-  const auto* x = reinterpret_cast<const typename Vector::Packed*>(shared);
+  const auto* x = reinterpret_cast<const typename Dtype::Element*>(shared);
   for_each_group(args.weight, unit, scratch, [&](const VectorRows& rows) {
     float out[kGemvRows * kGemvGroup] = {};
     // As many rows of W at once as the sums leave registers for, then the rest.
     int64_t r = 0;
     if (m_rows == 1) {
-      r = vector_tiles<Vector, 4, 1>(cols, rows, r, x, out);
-      vector_tiles<Vector, 1, 1>(cols, rows, r, x, out);
+      r = vector_tiles<4, 1>(cols, rows, r, x, out);
+      vector_tiles<1, 1>(cols, rows, r, x, out);
     } else if (m_rows == 2) {
-      r = vector_tiles<Vector, 2, 2>(cols, rows, r, x, out);
-      vector_tiles<Vector, 1, 2>(cols, rows, r, x, out);
+      r = vector_tiles<2, 2>(cols, rows, r, x, out);
+      vector_tiles<1, 2>(cols, rows, r, x, out);
     } else if (m_rows == 3) {
-      r = vector_tiles<Vector, 2, 3>(cols, rows, r, x, out);
-      vector_tiles<Vector, 1, 3>(cols, rows, r, x, out);
+      r = vector_tiles<2, 3>(cols, rows, r, x, out);
+      vector_tiles<1, 3>(cols, rows, r, x, out);
     } else {
-      r = vector_tiles<Vector, 2, 4>(cols, rows, r, x, out);
-      vector_tiles<Vector, 1, 4>(cols, rows, r, x, out);
+      r = vector_tiles<2, 4>(cols, rows, r, x, out);
+      vector_tiles<1, 4>(cols, rows, r, x, out);
     }
-    finish_vector<typename Vector::Dtype>(args, row, m_rows, rows, out);
+    finish_vector<Dtype>(args, row, m_rows, rows, out);
   });
 }
 
@@ -280,10 +257,10 @@ void nf4_linear_unit(const Args& args, int64_t row, int64_t rows, int64_t unit,
                      const uint8_t* shared, uint8_t* scratch) {
   switch (path_of(args)) {
     case Path::kVector:
-      return vector_unit<Fp32Vector>(args, row, rows, unit, shared, scratch);
+      return vector_unit<Float32>(args, row, rows, unit, shared, scratch);
     case Path::kBf16Vector:
 #if defined(FEINWERK_BF16_DOT)
-      return vector_unit<Bf16Vector>(args, row, rows, unit, shared, scratch);
+      return vector_unit<Bfloat16>(args, row, rows, unit, shared, scratch);
 #endif
     case Path::kInt8:
       return int8_unit(args, row, rows, unit, shared, scratch);

@@ -21,37 +21,15 @@ constexpr int64_t kRun = 32;  // elements decoded at a time; divides every block
 
 struct Fp32Engine {
   using Unit = float;
+  using Lanes = F;                        // a unit of kWidth lanes
   static constexpr int64_t kPair = 1;     // elements of the contraction a unit
   static constexpr int64_t kDepth = 256;  // units a depth block
   static constexpr int64_t kRowUnit = 1;  // C and A are padded to a multiple of this many rows
   static int64_t a_offset(int64_t row, int64_t t) { return row * kDepth + t; }
+  static Lanes lanes(const Unit* b) { return load(b); }
+  static Lanes everywhere(Unit a) { return set1(a); }
+  static F multiply_add(Lanes a, Lanes b, F c) { return fma(a, b, c); }
 };
-
-template <int n_rows, int n_groups>
-inline void micro(Fp32Engine, const float* a, const float* b, int64_t b_stride, int64_t depth,
-                  float* c, int64_t c_stride, bool first) {
-  F acc[n_rows][n_groups];
-#pragma GCC unroll 16
-  for (int r = 0; r < n_rows; ++r)
-#pragma GCC unroll 4
-    for (int g = 0; g < n_groups; ++g)
-      acc[r][g] = first ? zero() : load(c + r * c_stride + g * kWidth);
-  for (int64_t t = 0; t < depth; ++t) {
-    F lanes[n_groups];
-#pragma GCC unroll 4
-    for (int g = 0; g < n_groups; ++g) lanes[g] = load(b + g * b_stride + t * kWidth);
-#pragma GCC unroll 16
-    for (int r = 0; r < n_rows; ++r) {
-      const F value = set1(a[r * Fp32Engine::kDepth + t]);
-#pragma GCC unroll 4
-      for (int g = 0; g < n_groups; ++g) acc[r][g] = fma(value, lanes[g], acc[r][g]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < n_rows; ++r)
-#pragma GCC unroll 4
-    for (int g = 0; g < n_groups; ++g) store(c + r * c_stride + g * kWidth, acc[r][g]);
-}
 
 #if defined(FEINWERK_BF16_DOT)
 struct PairEngine {
@@ -61,13 +39,19 @@ struct PairEngine {
 };
 
 struct Bf16Engine : PairEngine {
+  using Lanes = I;
   static constexpr int64_t kRowUnit = 1;
   static int64_t a_offset(int64_t row, int64_t t) { return row * kDepth + t; }
+  static Lanes lanes(const Unit* b) { return load_dwords(b); }
+  static Lanes everywhere(Unit a) { return _mm512_set1_epi32(static_cast<int32_t>(a)); }
+  static F multiply_add(Lanes a, Lanes b, F c) { return dot_bf16(c, a, b); }
 };
+#endif
 
-template <int n_rows, int n_groups>
-inline void micro(Bf16Engine, const uint32_t* a, const uint32_t* b, int64_t b_stride, int64_t depth,
-                  float* c, int64_t c_stride, bool first) {
+// The register tile: n_rows of A by n_groups of B over one depth block.
+template <int n_rows, int n_groups, class Engine>
+inline void micro(Engine, const typename Engine::Unit* a, const typename Engine::Unit* b,
+                  int64_t b_stride, int64_t depth, float* c, int64_t c_stride, bool first) {
   F acc[n_rows][n_groups];
 #pragma GCC unroll 16
   for (int r = 0; r < n_rows; ++r)
@@ -75,14 +59,15 @@ inline void micro(Bf16Engine, const uint32_t* a, const uint32_t* b, int64_t b_st
     for (int g = 0; g < n_groups; ++g)
       acc[r][g] = first ? zero() : load(c + r * c_stride + g * kWidth);
   for (int64_t t = 0; t < depth; ++t) {
-    I lanes[n_groups];
+    typename Engine::Lanes lanes[n_groups];
 #pragma GCC unroll 4
-    for (int g = 0; g < n_groups; ++g) lanes[g] = load_dwords(b + g * b_stride + t * kWidth);
+    for (int g = 0; g < n_groups; ++g) lanes[g] = Engine::lanes(b + g * b_stride + t * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < n_rows; ++r) {
-      const I value = _mm512_set1_epi32(static_cast<int32_t>(a[r * Bf16Engine::kDepth + t]));
+      const typename Engine::Lanes value = Engine::everywhere(a[Engine::a_offset(r, t)]);
 #pragma GCC unroll 4
-      for (int g = 0; g < n_groups; ++g) acc[r][g] = dot_bf16(acc[r][g], value, lanes[g]);
+      for (int g = 0; g < n_groups; ++g)
+        acc[r][g] = Engine::multiply_add(value, lanes[g], acc[r][g]);
     }
   }
 #pragma GCC unroll 16
@@ -90,7 +75,6 @@ inline void micro(Bf16Engine, const uint32_t* a, const uint32_t* b, int64_t b_st
 #pragma GCC unroll 4
     for (int g = 0; g < n_groups; ++g) store(c + r * c_stride + g * kWidth, acc[r][g]);
 }
-#endif
 
 // All rows against n_groups groups, in register tiles of kMicroRows and smaller.
 template <int n_groups, class Engine>

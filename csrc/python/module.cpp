@@ -86,8 +86,8 @@ py::list isas() {
   return names;
 }
 
-// Asks for 2 MB pages under a large output that is written once from end to end: touching fresh 4
-// KB pages costs more than the kernel that fills them. A hint; the kernel may say no.
+// Asks for 2 MB pages under a large output: touching fresh 4 KB pages can cost more than the kernel
+// that fills them, and walking through them later costs again. A hint; the system may say no.
 void advise_huge_pages(Address address, int64_t bytes) {
 #if defined(__linux__)
   constexpr Address kPage = 4096;

@@ -82,3 +82,47 @@ def test_one_openmp_and_working_exceptions_beside_torch(module: Path) -> None:
     lines = tool(sys.executable, "-W", "error", "-c", BESIDE_TORCH).splitlines()
     assert lines[0] == "1"
     assert lines[1].startswith("nf4_linear: x must ")
+
+
+# A C library in which there is no OpenMP runtime to be had.
+NO_OPENMP = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <string.h>
+void* dlopen(const char* name, int flags) {
+  void* (*next)(const char*, int) = (void* (*)(const char*, int))dlsym(RTLD_NEXT, "dlopen");
+  return name && strstr(name, "gomp") ? 0 : next(name, flags);
+}
+"""
+
+# 96 x 64 weights of 1: every block's scale is 1 and every code 15.
+SERIAL = (
+    LOADS.rsplit("\nlibraries", 1)[0]
+    + """
+import ctypes
+count = 96 * 64
+weight = (ctypes.c_float * count)(*[1.0] * count)
+packed, absmax = (ctypes.c_uint8 * (count // 2))(), (ctypes.c_float * 96)()
+address = ctypes.addressof
+module.nf4_quantize(address(weight), 0, count, 64, 0, False, address(packed), count // 2,
+                    address(absmax), 96, 2)
+print(set(packed), set(absmax))
+print(module.openmp())
+"""
+)
+
+
+def test_without_an_openmp_runtime_it_runs_serially_and_says_so(
+    module: Path, tmp_path: Path
+) -> None:
+    source, shim = tmp_path / "shim.c", tmp_path / "shim.so"
+    source.write_text(NO_OPENMP)
+    tool("gcc", "-shared", "-fPIC", "-o", shim, source)
+    preload = ["env", f"LD_PRELOAD={shim}", sys.executable, "-c"]
+    lines = tool(*preload, SERIAL, module).splitlines()
+    assert lines == [
+        "{255} {1.0}",
+        "serial: no OpenMP runtime (libgomp.so.1) could be loaded",
+    ]
+    # The same program with the runtime there: what was shown above is the runtime's absence.
+    assert "serial" not in tool(sys.executable, "-c", SERIAL, module)
