@@ -1,4 +1,4 @@
-"""What the native path does with memory of its own: the workspace each thread keeps, and devices."""
+"""The native path and memory: the workspace that each thread keeps, and where outputs live."""
 
 from __future__ import annotations
 
