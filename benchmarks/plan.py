@@ -120,13 +120,13 @@ def _linear(level: str, configuration: Configuration, forced: bool) -> Iterator[
         for M in (64, 512):
             yield Case(op, "dX", *MAIN_SHAPE, M, "fp32", peers="few")
         return
-    main = configuration.threads > 1 or forced
+    main, everything = configuration.threads > 1 or forced, level == "full"
     for dtype in ("bf16", "fp32"):
         for M in ROWS:
             bar = M == 1 or (M >= 16 if dtype == "fp32" else M in (64, 512))
-            if main or M != 256:
+            if main or everything or M != 256:
                 yield Case(op, "forward", *MAIN_SHAPE, M, dtype, bar=bar and main)
-                if M >= 16:
+                if M >= 16 or everything:
                     yield Case(op, "dX", *MAIN_SHAPE, M, dtype, bar=bar and main)
         yield Case(op, "forward", *MAIN_SHAPE, 1, dtype, cold=False, bar=main)
     for M in (1, 4):
@@ -135,7 +135,6 @@ def _linear(level: str, configuration: Configuration, forced: bool) -> Iterator[
     yield Case(op, "int8 forward", *MAIN_SHAPE, 1, "fp32", cold=False, bar=main)
     for M in (1, 64):
         yield Case(op, "forward", *MAIN_SHAPE, M, "fp16")
-    everything = level == "full"
     for shape in SHAPES[1:]:
         for dtype in ("bf16", "fp32"):
             for M in ROWS if main or everything else (1, 64):
