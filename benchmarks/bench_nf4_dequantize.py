@@ -15,7 +15,7 @@ BLOCKSIZE = 64
 
 
 def fill(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Only the allocation and the writing of a result."""
+    """Only the allocation and the writing: what the fresh pages of any result cost."""
     return torch.empty(shape, dtype=dtype).fill_(1)
 
 

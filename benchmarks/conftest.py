@@ -58,7 +58,6 @@ class Session:
 
     def __init__(self, option: Any) -> None:
         torch.set_num_threads(configuration().threads)
-        machine.recycle_memory()
         facts = json.loads(os.environ.get("FEINWERK_BENCH_RUN") or "null") or machine.run_facts()
         path = Path(option.results or plan_results())
         self.configuration = configuration()

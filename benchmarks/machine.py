@@ -128,21 +128,6 @@ def run_facts() -> dict[str, object]:
     }
 
 
-def recycle_memory() -> bool:
-    """Make the C library keep freed memory for the next allocation; whether it could be told to.
-
-    Otherwise a result of 32 MiB or more is in fresh pages at one call and in recycled ones at the
-    next, as the heap happens to be, and clearing pages costs the system several times what a kernel
-    costs that fills them: for everyone alike, but not in the same rounds.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    trim_threshold, mmap_max = -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
-    return bool(mallopt(trim_threshold, 2**31 - 1) and mallopt(mmap_max, 0))
-
-
 class OtherLoad:
     """What share of all cores other processes (and the hypervisor) used since it was made."""
 
