@@ -88,7 +88,8 @@ def run_pytest(
     flags += ["--forced"] if options.isa else []
     flags += ["--only", options.only] if options.only else []
     command = [
-        sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), str(HERE / f"bench_{op}.py"), *flags,
+        sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"),
+        str(HERE / f"bench_{op}.py"), *flags,
         "-s", "-q", "--no-header", "--disable-warnings", "--benchmark-enable", "--benchmark-quiet",
         "--benchmark-disable-gc", "--tb=short",
         f"--benchmark-json={raw}", "-W", "ignore",
