@@ -147,13 +147,6 @@ void test_magnitudes() {
   }
 }
 
-template <int j>
-void check_nibble(fw::Table16 table, const float* values, const uint32_t* dwords) {
-  float want[kWidth];
-  for (int i = 0; i < kWidth; ++i) want[i] = values[dwords[i] >> (4 * j) & 15];
-  same_bits("decode_nibble", fw::decode_nibble<j>(table, fw::load_dwords(dwords)), want, dwords[0]);
-}
-
 // Every byte at every place, and with random neighbours.
 void check_table(const char* word, fw::Table16 table, const float* values) {
   for (uint32_t byte = 0; byte < 256; ++byte)
@@ -275,6 +268,24 @@ void test_nf4_codes() {
     }
 }
 
+// Every byte at every position of a whole piece, and a rest that is left alone.
+void test_look_up_words() {
+#if defined(__AVX512BW__)
+  float table[256];
+  for (float& v : table) v = ref::float_of_bits(random_bits());
+  for (uint32_t n = 0; n < 32 * 256; ++n) {
+    uint8_t codes[63];
+    float want[64] = {}, got[64] = {};  // the last one: how many were looked up
+    for (uint8_t& c : codes) c = static_cast<uint8_t>(random_bits() >> 24);
+    codes[n / 256] = static_cast<uint8_t>(n);
+    for (int i = 0; i < 32; ++i) memcpy(want + i, table + codes[i], 4);
+    want[63] = 32;
+    got[63] = static_cast<float>(fw::look_up_words(table, codes, 63, got));
+    same("look_up_words", got, want, sizeof(got), n);
+  }
+#endif
+}
+
 void test_moves() {
   float scales[64];
   for (float& v : scales) v = random_float();
@@ -361,12 +372,6 @@ void test_codes_in_bins(bool full) {
   }
 }
 
-bool cpu_has_it() {
-  for (int64_t i = 0; i < feinwerk_isa_count(); ++i)
-    if (strcmp(feinwerk_isa_name(i), kIsa) == 0) return feinwerk_isa_available(i);
-  return false;
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -379,6 +384,7 @@ int main(int argc, char** argv) {
   test_16_bit_loads();
   test_tables();
   test_nf4_codes();
+  test_look_up_words();
   test_moves();
   test_dot_codes();
   const bool full = argc > 1 && strcmp(argv[1], "--full") == 0;

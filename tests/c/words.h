@@ -1,4 +1,5 @@
-// The two vocabularies under test_simd_words.cpp, comparisons of what they say, and inputs.
+// The two vocabularies under test_simd_words.cpp, whether the CPU has them, comparisons of what
+// they say, and inputs.
 #ifndef FEINWERK_TESTS_C_WORDS_H_
 #define FEINWERK_TESTS_C_WORDS_H_
 
@@ -32,6 +33,12 @@ constexpr int kWidth = fw::kWidth;
 constexpr int kGroup = ref::kWidth;  // the meaning comes in groups of 4 lanes
 static_assert(kWidth % kGroup == 0, "the lanes are whole groups");
 
+bool cpu_has_it() {
+  for (int64_t i = 0; i < feinwerk_isa_count(); ++i)
+    if (strcmp(feinwerk_isa_name(i), kIsa) == 0) return feinwerk_isa_available(i);
+  return false;
+}
+
 int64_t checks = 0, failures = 0;
 
 void same(const char* word, const void* got, const void* want, size_t bytes, uint32_t input) {
@@ -63,6 +70,13 @@ void same_bits(const char* word, fw::I got, const int32_t* want, uint32_t input)
   int32_t a[kWidth];
   memcpy(a, &got, sizeof(a));
   same(word, a, want, sizeof(a), input);
+}
+
+template <int j>
+void check_nibble(fw::Table16 table, const float* values, const uint32_t* dwords) {
+  float want[kWidth];
+  for (int i = 0; i < kWidth; ++i) want[i] = values[dwords[i] >> (4 * j) & 15];
+  same_bits("decode_nibble", fw::decode_nibble<j>(table, fw::load_dwords(dwords)), want, dwords[0]);
 }
 
 uint64_t state = 1;
