@@ -71,9 +71,7 @@ void product_unit(const Args& args, int64_t row, int64_t rows, int64_t unit, con
 
 // The vector paths. shared: x packed; scratch: the scales of kGemvGroup rows of W.
 
-int64_t scale_stride(const feinwerk_nf4_weight& w) {
-  return (gemv_depth(w) + kScaleBlock - 1) / kScaleBlock;
-}
+int64_t scale_stride(const feinwerk_nf4_weight& w) { return gemv_depth(w) / kScaleBlock; }
 
 ProductPlan vector_plan(const Args& args, int64_t packed_row_bytes) {
   ProductPlan plan = {};
@@ -117,9 +115,10 @@ void for_each_group(const feinwerk_nf4_weight& w, int64_t unit, uint8_t* scratch
   }
 }
 
-// Rows of W from r on, n_rows at a time while they last; out[m][i] as finish_vector takes it.
+// Rows of W from r on, n_rows at a time while they last, then one by one; out[m][i] as
+// finish_vector takes it.
 template <int n_rows, int m_rows, class Packed>
-int64_t vector_tiles(int64_t cols, const VectorRows& rows, int64_t r, const Packed* x, float* out) {
+void vector_tiles(int64_t cols, const VectorRows& rows, int64_t r, const Packed* x, float* out) {
   for (; r + n_rows <= rows.count; r += n_rows) {
     float sums[n_rows][m_rows];
     gemv_tile(rows.packed + r * rows.row_bytes, rows.row_bytes, cols, rows.scales + r * rows.stride,
@@ -127,7 +126,7 @@ int64_t vector_tiles(int64_t cols, const VectorRows& rows, int64_t r, const Pack
     for (int i = 0; i < n_rows; ++i)
       for (int m = 0; m < m_rows; ++m) out[m * kGemvGroup + r + i] = sums[i][m];
   }
-  return r;
+  if constexpr (n_rows > 1) vector_tiles<1, m_rows>(cols, rows, r, x, out);
 }
 
 // out[m][i]: y[row + m][rows.n + i] before the bias.
@@ -153,21 +152,15 @@ void vector_unit(const Args& args, int64_t row, int64_t m_rows, int64_t unit, co
   const auto* x = reinterpret_cast<const typename Dtype::Element*>(shared);
   for_each_group(args.weight, unit, scratch, [&](const VectorRows& rows) {
     float out[kGemvRows * kGemvGroup] = {};
-    // As many rows of W at once as the sums leave registers for, then the rest.
-    int64_t r = 0;
-    if (m_rows == 1) {
-      r = vector_tiles<4, 1>(cols, rows, r, x, out);
-      vector_tiles<1, 1>(cols, rows, r, x, out);
-    } else if (m_rows == 2) {
-      r = vector_tiles<2, 2>(cols, rows, r, x, out);
-      vector_tiles<1, 2>(cols, rows, r, x, out);
-    } else if (m_rows == 3) {
-      r = vector_tiles<2, 3>(cols, rows, r, x, out);
-      vector_tiles<1, 3>(cols, rows, r, x, out);
-    } else {
-      r = vector_tiles<2, 4>(cols, rows, r, x, out);
-      vector_tiles<1, 4>(cols, rows, r, x, out);
-    }
+    // As many rows of W at once as the sums leave registers for.
+    if (m_rows == 1)
+      vector_tiles<4, 1>(cols, rows, 0, x, out);
+    else if (m_rows == 2)
+      vector_tiles<2, 2>(cols, rows, 0, x, out);
+    else if (m_rows == 3)
+      vector_tiles<2, 3>(cols, rows, 0, x, out);
+    else
+      vector_tiles<2, 4>(cols, rows, 0, x, out);
     finish_vector<Dtype>(args, row, m_rows, rows, out);
   });
 }

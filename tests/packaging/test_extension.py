@@ -49,14 +49,20 @@ def test_it_exports_its_init_function_and_the_c_abi_only(module: Path) -> None:
     assert {name for name in names if not name.startswith("feinwerk_")} == {"PyInit__C"}
 
 
-LOADS = """
+LOAD = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("feinwerk._C", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
+"""
+
+LOADS = (
+    LOAD
+    + """
 libraries = {line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}
 print(sorted(name.rsplit("/")[-1] for name in libraries if "gomp" in name or "stdc++" in name))
 """
+)
 
 
 def test_it_loads_without_torch_openmp_or_libstdcxx(module: Path) -> None:
@@ -97,7 +103,7 @@ void* dlopen(const char* name, int flags) {
 
 # 96 x 64 weights of 1: every block's scale is 1 and every code 15.
 SERIAL = (
-    LOADS.rsplit("\nlibraries", 1)[0]
+    LOAD
     + """
 import ctypes
 count = 96 * 64
