@@ -5,11 +5,16 @@ from feinwerk.nn import dequantize_model, quantize_model
 from feinwerk.ops import (
     blockwise_dequantize,
     blockwise_quantize,
+    dora_linear,
+    grouped_lora_linear,
+    lora_linear,
     nf4_dequantize,
     nf4_embedding,
     nf4_linear,
     nf4_linear_backward,
     nf4_quantize,
+    row_norms,
+    weight_norm,
 )
 from feinwerk.weight import NF4Weight
 
@@ -23,6 +28,9 @@ __all__ = [
     "blockwise_quantize",
     "codebook",
     "dequantize_model",
+    "dora_linear",
+    "grouped_lora_linear",
+    "lora_linear",
     "nf4_dequantize",
     "nf4_embedding",
     "nf4_linear",
@@ -30,4 +38,6 @@ __all__ = [
     "nf4_quantize",
     "nn",
     "quantize_model",
+    "row_norms",
+    "weight_norm",
 ]

@@ -1,0 +1,12 @@
+"""weight_norm through the native extension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from feinwerk import _native
+
+
+def weight_norm(*args: Any, **kwargs: Any) -> Any:
+    """Forward to the native kernel."""
+    return _native.weight_norm(*args, **kwargs)
