@@ -248,13 +248,32 @@ def linear_budget(
     size = wide.abs() @ dense.abs().t()
     budget = 2 * torch_error + ulp(truth, x.dtype) + 4 * math.sqrt(K) * 2.0**-24 * size
     if scales is not None:
-        runs = F.pad(wide.abs(), (0, -K % INT8_BLOCK))
-        runs = runs.view(*x.shape[:-1], (K + INT8_BLOCK - 1) // INT8_BLOCK, INT8_BLOCK)
-        step = runs.amax(dim=-1).repeat_interleave(INT8_BLOCK, dim=-1)[..., :K] / 127
-        dx = step / 2 * (1 + 2.0**-20)  # the scale itself is rounded to fp32
-        dw = scales * INT8_TABLE_ERROR + dense.abs() * torch.finfo(x.dtype).eps / 2
-        budget = budget + dx @ dense.abs().t() + (wide.abs() + dx) @ dw.t()
+        budget = budget + int8_error(x, dense, scales)
     return truth, budget
+
+
+def int8_error(x: torch.Tensor, dense: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return the bound on what compute="int8" adds to the error of x @ W~^T, per element.
+
+    Args:
+        x: [..., K].
+        dense: W~ [N, K], fp64.
+        scales: fp64 [N, K], `WeightCase.scales()`.
+
+    Returns:
+        fp64 [..., N].
+
+    Example:
+        >>> int8_error(torch.zeros(1, 4), torch.ones(2, 4).double(), torch.ones(2, 4).double())
+        tensor([[0., 0.]], dtype=torch.float64)
+    """
+    K, wide = x.shape[-1], x.double().abs()
+    runs = F.pad(wide, (0, -K % INT8_BLOCK))
+    runs = runs.view(*x.shape[:-1], (K + INT8_BLOCK - 1) // INT8_BLOCK, INT8_BLOCK)
+    step = runs.amax(dim=-1).repeat_interleave(INT8_BLOCK, dim=-1)[..., :K] / 127
+    dx = step / 2 * (1 + 2.0**-20)  # the scale itself is rounded to fp32
+    dw = scales * INT8_TABLE_ERROR + dense.abs() * torch.finfo(x.dtype).eps / 2
+    return dx @ dense.abs().t() + (wide + dx) @ dw.t()
 
 
 def assert_within_budget(
@@ -281,22 +300,50 @@ def assert_within_budget(
         >>> assert_within_budget(torch.full((1, 2), 4.0), torch.ones(1, 4), torch.ones(2, 4))
     """
     truth, budget = linear_budget(x, weight, bias, scales=scales)
-    if y.dtype != x.dtype or y.shape != truth.shape:
+    assert_within(y, truth, budget, x.dtype)
+
+
+def assert_within(
+    actual: torch.Tensor,
+    truth: torch.Tensor,
+    budget: torch.Tensor,
+    dtype: torch.dtype,
+    what: str = "result",
+) -> None:
+    """Raise AssertionError unless actual is of dtype and truth's shape and as near as budget says.
+
+    Args:
+        actual: the tensor under test.
+        truth: fp64.
+        budget: fp64, truth's shape: the error that each element may have.
+        dtype: that actual must have.
+        what: named in the message.
+
+    Raises:
+        AssertionError: naming the worst element, its error and its budget.
+
+    Example:
+        >>> one = torch.ones(2)
+        >>> assert_within(one, one.double(), one.double() * 0, torch.float32)
+    """
+    if actual.dtype != dtype or actual.shape != truth.shape:
         raise AssertionError(
-            f"expected {x.dtype} {tuple(truth.shape)}, got {y.dtype} {tuple(y.shape)}"
+            f"{what}: expected {dtype} {tuple(truth.shape)}, "
+            f"got {actual.dtype} {tuple(actual.shape)}"
         )
-    if y.numel() == 0:
+    if actual.numel() == 0:
         return
-    error = (y.double() - truth).abs()
-    ratio = torch.where(error.isnan(), math.inf, error / budget)
+    error = (actual.double() - truth).abs()
+    ratio = torch.where(error > 0, error / budget, 0.0)
+    ratio = torch.where(error.isnan(), math.inf, ratio)
     worst = int(ratio.argmax())
     if not float(ratio.flatten()[worst]) <= 1.0:
         where = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), ratio.shape))
         raise AssertionError(
-            f"{int((ratio > 1).sum())} of {y.numel()} elements beyond the error budget; worst at "
-            f"{where}: got {float(y.flatten()[worst])}, truth {float(truth.flatten()[worst])}, "
-            f"error {float(error.flatten()[worst]):.3e} = {float(ratio.flatten()[worst]):.2f} x "
-            f"the budget {float(budget.flatten()[worst]):.3e}"
+            f"{what}: {int((ratio > 1).sum())} of {actual.numel()} elements beyond the error "
+            f"budget; worst at {where}: got {float(actual.flatten()[worst])}, "
+            f"truth {float(truth.flatten()[worst])}, error {float(error.flatten()[worst]):.3e} = "
+            f"{float(ratio.flatten()[worst]):.2f} x the budget {float(budget.flatten()[worst]):.3e}"
         )
 
 
