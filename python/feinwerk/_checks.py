@@ -96,11 +96,12 @@ def nf4_weight(
     count: int,
     block: int,
     device: torch.device,
+    name: str = "packed",
 ) -> None:
     """Check the tensors of an NF4 weight of `count` elements in blocks of `block`."""
     if block not in BLOCKSIZES:
         blocksize(op, block)
-    buffer(op, "packed", packed, torch.uint8, (count + 1) // 2, device)
+    buffer(op, name, packed, torch.uint8, (count + 1) // 2, device)
     blocks = (count + block - 1) // block
     if nested_absmax is None and nested_codebook is None and nested_offset is None:
         if absmax.dtype is torch.uint8:

@@ -81,8 +81,8 @@ def element_words(seed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     row = torch.arange(rows, device=device)[:, None].expand(rows, groups)
     counter = (index & _WORD, index >> 32, row & _WORD, row >> 32)
     words = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))
-    blocks = [word.view(rows, -1, _LANES) for word in words]
-    return torch.stack(blocks, dim=2).reshape(rows, -1)[:, :columns]
+    blocks = [word.view(rows, groups // _LANES, _LANES) for word in words]
+    return torch.stack(blocks, dim=2).reshape(rows, groups * _WORDS)[:, :columns]
 
 
 def threshold(probability: float) -> int:

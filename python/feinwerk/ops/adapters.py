@@ -1,4 +1,4 @@
-"""The adapter functions: lora_linear, dora_linear and grouped_lora_linear over one registered op."""
+"""The adapter functions lora_linear, dora_linear and grouped_lora_linear, over one op."""
 
 from __future__ import annotations
 
@@ -74,9 +74,14 @@ def lora_linear(
         tensor([[3., 3.]])
     """
     op = "lora_linear"
-    _checks.tensor(op, "x", x)
+    _tensors(op, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
     scale = _scales(op, [scaling], x)
     if lora_bias is not None:
+        _checks.floating(op, "lora_bias", lora_bias)
+        if lora_bias.shape != lora_B.shape[:1]:
+            rule = f"have shape {tuple(lora_B.shape[:1])}"
+            _checks.reject(ValueError, op, "lora_bias", rule, tuple(lora_bias.shape))
+        _checks.same_device(op, "lora_bias", lora_bias, x.device)
         extra = scale[0] * lora_bias.float()
         bias = extra if bias is None else bias.float() + extra
     return adapted_linear(
@@ -151,10 +156,9 @@ def dora_linear(
         tensor([[1., 1.]])
     """
     op = "dora_linear"
-    _checks.tensor(op, "x", x)
-    _checks.tensor(op, "magnitude", magnitude)
+    _tensors(op, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, magnitude=magnitude)
     tables = (weight, absmax, nested_absmax, nested_codebook, nested_offset)
-    N, K = lora_B.shape[0], lora_A.shape[-1]
+    N, K = _sizes(op, lora_A, lora_B)
     if magnitude.dim() != 1 or magnitude.shape[0] != N:
         _checks.reject(ValueError, op, "magnitude", f"have shape ({N},)", tuple(magnitude.shape))
     if base_norm is None and weight_norm is None:
@@ -232,13 +236,16 @@ def grouped_lora_linear(
                 [1., 1.]])
     """
     op = "grouped_lora_linear"
-    _checks.tensor(op, "x", x)
+    _tensors(op, x=x, weight=weight, adapter_index=adapter_index)
     count = len(lora_A)
     if count == 0 or len(lora_B) != count or len(scaling) != count:
         lengths = f"{count}, {len(lora_B)} and {len(scaling)}"
         _checks.reject(ValueError, op, "lora_A, lora_B and scaling", "be as many", lengths)
     tables = (weight, absmax, nested_absmax, nested_codebook, nested_offset)
-    N, K = lora_B[0].shape[0], lora_A[0].shape[-1]
+    for A, B in zip(lora_A, lora_B, strict=True):
+        _tensors(op, lora_A=A, lora_B=B)
+    N, K = _sizes(op, lora_A[0], lora_B[0])
+    _checks.last_dim(op, "x", x, K, "K")
     magnitudes, norms = _dora_parts(op, magnitude, weight_norm, count, N, x)
     if magnitudes and base_norm is None and norms is None:
         base_norm = row_norms(*tables, shape=(N, K), blocksize=blocksize)
@@ -252,6 +259,19 @@ def grouped_lora_linear(
     if order is not None:
         y = y[torch.argsort(order)]
     return y.view(*x.shape[:-1], N)
+
+
+def _tensors(op: str, **values: object) -> None:
+    for name, value in values.items():
+        _checks.tensor(op, name, value)
+
+
+def _sizes(op: str, lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[int, int]:
+    """N and K, which the adapter says."""
+    for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if value.dim() != 2:
+            _checks.reject(ValueError, op, name, "have 2 dimensions", value.dim())
+    return lora_B.shape[0], lora_A.shape[1]
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
@@ -269,7 +289,11 @@ def _scales(op: str, scaling: Sequence[Scaling], x: torch.Tensor) -> torch.Tenso
                 _checks.reject(ValueError, op, "scaling", "be finite", value)
         return torch.tensor(scaling, dtype=torch.float32, device=x.device)
     parts = [torch.as_tensor(value, dtype=torch.float32, device=x.device) for value in scaling]
-    return torch.stack([part.detach().reshape(()) for part in parts])
+    for part in parts:
+        if part.dim() != 0:
+            rule = "be a float or a 0-dim tensor"
+            _checks.reject(ValueError, op, "scaling", rule, f"{part.dim()} dimensions")
+    return torch.stack([part.detach() for part in parts])
 
 
 def _seed(dropout_p: float, seed: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
@@ -295,8 +319,16 @@ def _dora_parts(
         _checks.reject(ValueError, op, "magnitude", f"have {count} entries", len(magnitude))
     none = torch.zeros(0, device=x.device)
     magnitudes = [none if m is None else m for m in magnitude]
-    if weight_norm is None:
+    if weight_norm is None or all(norm is None for norm in weight_norm):
         return magnitudes, None
+    if len(weight_norm) != count:
+        _checks.reject(ValueError, op, "weight_norm", f"have {count} entries", len(weight_norm))
+    for m, norm in zip(magnitude, weight_norm, strict=True):
+        if norm is None and m is not None:
+            rule = "be given for every DoRA adapter or for none"
+            _checks.reject(ValueError, op, "weight_norm", rule, "None for some")
+        if norm is not None and norm.shape != (N,):
+            _checks.reject(ValueError, op, "weight_norm", f"have shape ({N},)", tuple(norm.shape))
     ones = torch.ones(N, device=x.device)
     return magnitudes, torch.stack([ones if norm is None else norm for norm in weight_norm])
 
@@ -305,7 +337,6 @@ def _sorted_rows(
     op: str, adapter_index: torch.Tensor, x: torch.Tensor, count: int
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The order that puts rows of one adapter together (None: they are), and each one's range."""
-    _checks.tensor(op, "adapter_index", adapter_index)
     leading = x.shape[:-1]
     if adapter_index.dtype is not torch.int64:
         _checks.reject(TypeError, op, "adapter_index", "be torch.int64", adapter_index.dtype)
@@ -314,7 +345,7 @@ def _sorted_rows(
         _checks.reject(ValueError, op, "adapter_index", rule, tuple(adapter_index.shape))
     index = adapter_index.reshape(*adapter_index.shape, *[1] * (len(leading) - adapter_index.dim()))
     index = index.expand(leading).reshape(-1)
-    if index.numel() and not (-1 <= int(index.min()) and int(index.max()) < count):
+    if index.numel() and not (int(index.min()) >= -1 and int(index.max()) < count):
         rule = f"be in [-1, {count})"
         got = f"{int(index.min())} to {int(index.max())}"
         _checks.reject(IndexError, op, "adapter_index", rule, got)

@@ -1,4 +1,4 @@
-"""lora_linear: a frozen linear layer with any number of LoRA and DoRA adapters, and its gradient."""
+"""lora_linear: a frozen linear layer with LoRA and DoRA adapters, one or many, and its gradient."""
 
 from feinwerk.ops.lora_linear.op import adapted_linear
 

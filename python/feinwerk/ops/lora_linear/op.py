@@ -53,7 +53,8 @@ def _check_adapters(
             _checks.reject(ValueError, op, "magnitude", f"have shape ({N},)", tuple(m.shape))
         _checks.same_device(op, "magnitude", m, x.device)
     if scaling.dtype != torch.float32 or scaling.dim() != 1 or scaling.shape[0] != count:
-        _checks.reject(ValueError, op, "scaling", f"be float32 of shape ({count},)", scaling.dtype)
+        got = f"{scaling.dtype} {tuple(scaling.shape)}"
+        _checks.reject(ValueError, op, "scaling", f"be float32 of shape ({count},)", got)
     if segments is None:
         if count != 1:
             rule = "be given for more than one adapter"
@@ -72,10 +73,12 @@ def _check_base(
     K: int,
     blocksize: int,
 ) -> None:
-    weight, absmax, *nested = tables
+    weight, absmax, codes, codebook, offset = tables
     assert weight is not None
     if absmax is not None:
-        _checks.nf4_weight(op, weight, absmax, *nested, N * K, blocksize, x.device)  # type: ignore[arg-type]
+        _checks.nf4_weight(
+            op, weight, absmax, codes, codebook, offset, N * K, blocksize, x.device, "weight"
+        )
     else:
         _checks.floating(op, "weight", weight)
         if weight.dim() != 2 or weight.shape[0] != N or weight.shape[1] != K:
@@ -89,11 +92,16 @@ def _check_base(
         _checks.same_device(op, "bias", bias, x.device)
 
 
-def _check_norm(op: str, name: str, norm: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+def _check_norm(
+    op: str, name: str, norm: torch.Tensor | None, shape: tuple[int, ...], x: torch.Tensor
+) -> None:
     if norm is None:
         return
-    if norm.dtype != torch.float32 or norm.dim() != len(shape) or norm.shape[-1] != shape[-1]:
-        _checks.reject(ValueError, op, name, f"be float32 of shape {shape}", tuple(norm.shape))
+    fits = norm.dim() == len(shape) and all(a == b for a, b in zip(norm.shape, shape, strict=True))
+    if norm.dtype != torch.float32 or not fits:
+        got = f"{norm.dtype} {tuple(norm.shape)}"
+        _checks.reject(ValueError, op, name, f"be float32 of shape {shape}", got)
+    _checks.same_device(op, name, norm, x.device)
 
 
 def _check_dropout(op: str, seed: torch.Tensor | None, dropout_p: float) -> None:
@@ -130,8 +138,8 @@ def _check(
     _checks.last_dim(op, "x", x, K, "K")
     tables = (weight, absmax, nested_absmax, nested_codebook, nested_offset)
     _check_base(op, x, tables, bias, N, K, blocksize)
-    _check_norm(op, "base_norm", base_norm, (N,))
-    _check_norm(op, "weight_norm", weight_norm, (len(lora_A), N))
+    _check_norm(op, "base_norm", base_norm, (N,), x)
+    _check_norm(op, "weight_norm", weight_norm, (len(lora_A), N), x)
     if magnitude and base_norm is None and weight_norm is None:
         _checks.reject(ValueError, op, "base_norm", "be given with magnitude", "None")
     _check_dropout(op, seed, dropout_p)
@@ -187,7 +195,7 @@ def _check_backward(
         _checks.reject(ValueError, op, "grad_y", rule, f"{grad_y.dtype} {tuple(grad_y.shape)}")
     tables = (weight, absmax, nested_absmax, nested_codebook, nested_offset)
     _check_base(op, x, tables, bias, N, K, blocksize)
-    _check_norm(op, "weight_norm", weight_norm, (len(lora_A), N))
+    _check_norm(op, "weight_norm", weight_norm, (len(lora_A), N), x)
     if magnitude and weight_norm is None:
         _checks.reject(ValueError, op, "weight_norm", "be given with magnitude", "None")
     _check_dropout(op, seed, dropout_p)
@@ -200,9 +208,7 @@ def _fake_backward(
 ) -> tuple[torch.Tensor, Tensors, Tensors, Tensors, torch.Tensor]:
     lora_A, lora_B, magnitude = args[8], args[9], args[12]
     grad_x = torch.empty(x.shape if wants[0] else (0,), dtype=x.dtype, device=x.device)
-    bias = torch.empty(
-        (grad_y.shape[-1] if wants[4] else 0,), dtype=torch.float32, device=x.device
-    )
+    bias = torch.empty((grad_y.shape[-1] if wants[4] else 0,), dtype=torch.float32, device=x.device)
     return (
         grad_x,
         [torch.empty(A.shape, dtype=A.dtype, device=A.device) for A in lora_A if wants[1]],
@@ -250,6 +256,7 @@ class _AdaptedLinear(torch.autograd.Function):
         x, bias = tensors[:2]
         A, B, m = (list(tensors[2 + i * count : 2 + (i + 1) * count]) for i in range(3))
         tables, scaling, segments, base_norm, weight_norm, seed = fixed
+        y: torch.Tensor
         y, S, norms = _OP(
             x, *tables, bias, A, B, scaling, segments, m, base_norm, weight_norm, seed, **options
         )
@@ -260,9 +267,7 @@ class _AdaptedLinear(torch.autograd.Function):
             kept, ctx.witness = _alias(y)
             ctx.version = 0 if ctx.witness is None else ctx.witness._version
         norm = weight_norm if weight_norm is not None else (norms if m else None)
-        ctx.save_for_backward(
-            x, S, kept, *tables, bias, scaling, segments, norm, seed, *A, *B, *m
-        )
+        ctx.save_for_backward(x, S, kept, *tables, bias, scaling, segments, norm, seed, *A, *B, *m)
         return y
 
     @staticmethod
@@ -295,7 +300,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
 
 def _alias(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y's memory under a version counter of its own, and a witness of changes to y.
+    """Return y's memory under a version counter of its own, and a witness of changes to y.
 
     Saving y itself would make an in-place operation after the layer an error. The witness shares
     y's version counter but holds no memory.

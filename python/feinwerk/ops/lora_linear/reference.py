@@ -168,5 +168,5 @@ def drop(x: torch.Tensor, seed: torch.Tensor | None, dropout_p: float) -> torch.
 
 
 def gain_of(magnitude: torch.Tensor, weight_norm: torch.Tensor) -> torch.Tensor:
-    """magnitude / weight_norm; a row of norm zero has no direction and gets 0."""
+    """Return magnitude / weight_norm; a row of norm zero has no direction and gets 0."""
     return torch.where(weight_norm > 0, magnitude.float() / weight_norm, 0.0)

@@ -40,15 +40,22 @@ def _check(
     if absmax is not None:
         _checks.nf4_weight(
             op, weight, absmax, nested_absmax, nested_codebook, nested_offset, N * K, blocksize,
-            weight.device,
+            weight.device, "weight",
         )  # fmt: skip
     else:
         _checks.floating(op, "weight", weight)
         if weight.dim() != 2 or weight.shape[0] != N or weight.shape[1] != K:
-            _checks.reject(ValueError, op, "weight", f"be ({N}, {K})", tuple(weight.shape))
+            rule = f"have shape (N, K) = ({N}, {K}) as lora_B and lora_A say"
+            _checks.reject(ValueError, op, "weight", rule, tuple(weight.shape))
+    for name, value in (("lora_A", lora_A), ("lora_B", lora_B), ("base_norm", base_norm)):
+        _checks.same_device(op, name, value, weight.device)
+    if scaling.dtype != torch.float32 or scaling.dim() != 0:
+        got = f"{scaling.dtype} with {scaling.dim()} dimensions"
+        _checks.reject(ValueError, op, "scaling", "be a float or a 0-dim tensor", got)
     if base_norm.dtype != torch.float32 or base_norm.dim() != 1 or base_norm.shape[0] != N:
         rule = f"be float32 of shape ({N},)"
-        _checks.reject(ValueError, op, "base_norm", rule, tuple(base_norm.shape))
+        got = f"{base_norm.dtype} {tuple(base_norm.shape)}"
+        _checks.reject(ValueError, op, "base_norm", rule, got)
 
 
 def _fake(weight: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
@@ -117,11 +124,13 @@ def weight_norm(
         >>> weight_norm(torch.eye(2), torch.ones(1, 2), torch.zeros(2, 1))
         tensor([1., 1.])
     """
+    for name, value in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        _checks.tensor("weight_norm", name, value)
     tables = (absmax, nested_absmax, nested_codebook, nested_offset)
     if dtype is None:
         dtype = weight.dtype if absmax is None else torch.float32
     if base_norm is None:
-        shape = (lora_B.shape[0], lora_A.shape[1])
+        shape = (lora_B.shape[0], lora_A.shape[-1])
         base_norm = row_norms(weight, *tables, shape=shape, blocksize=blocksize, dtype=dtype)
     norm: torch.Tensor = _OP(
         weight.detach(), *tables, lora_A.detach(), lora_B.detach(),
@@ -161,7 +170,8 @@ def row_norms(
         fp32 [N].
 
     Raises:
-        ValueError: if `shape` is missing for an NF4 weight.
+        TypeError: if a tensor has the wrong dtype.
+        ValueError: if a size does not fit, or `shape` is missing for an NF4 weight.
 
     Source:
         DoRA (arXiv 2402.09353), equation 5.
@@ -170,15 +180,27 @@ def row_norms(
         >>> row_norms(torch.tensor([[3.0, 4.0]]))
         tensor([5.])
     """
+    op = "row_norms"
+    _checks.tensor(op, "weight", weight)
+    if dtype is not None:
+        _checks.out_dtype(op, dtype)
     if absmax is None:
+        _checks.floating(op, "weight", weight)
+        if weight.dim() != 2:
+            _checks.reject(ValueError, op, "weight", "have 2 dimensions", weight.dim())
         N, K = weight.shape
         step = max(1, _SLAB // max(1, K))
         rounding = weight.dtype if dtype is None else dtype
         slabs = [weight[n : n + step].detach().to(rounding) for n in range(0, N, step)]
         return torch.cat([torch.linalg.norm(slab.float(), dim=1) for slab in slabs])
     if shape is None:
-        _checks.reject(ValueError, "row_norms", "shape", "be given for an NF4 weight", "None")
+        _checks.reject(ValueError, op, "shape", "be given for an NF4 weight", "None")
     N, K = shape
+    _checks.positive(op, "shape", min(N, K))
+    _checks.nf4_weight(
+        op, weight, absmax, nested_absmax, nested_codebook, nested_offset, N * K, blocksize,
+        weight.device, "weight",
+    )  # fmt: skip
     if nested_absmax is not None and nested_codebook is not None:
         absmax = blockwise_dequantize(
             absmax.reshape(-1), nested_absmax, nested_codebook, nested_offset

@@ -35,7 +35,7 @@ def weight_norm(
 def factored_norm(
     W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: torch.Tensor, base: torch.Tensor
 ) -> torch.Tensor:
-    """base sqrt(1 + (2 s (W A^T) . B + s^2 (B A A^T) . B) / base^2), row by row."""
+    """Return base sqrt(1 + (2 s (W A^T) . B + s^2 (B A A^T) . B) / base^2), row by row."""
     cross = ((W @ A.t()) * B).sum(dim=1)
     square = ((B @ (A @ A.t())) * B).sum(dim=1)
     change = 2 * scaling * cross + scaling * scaling * square
