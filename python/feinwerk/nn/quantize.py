@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from feinwerk import _checks
 from feinwerk.nn.nf4_embedding import NF4Embedding
 from feinwerk.nn.nf4_linear import NF4Linear
 from feinwerk.nn.nf4_module import NF4Module
+from feinwerk.nn.places import Place, matches, places_of
 from feinwerk.weight import NF4Weight
 
 _OP = "quantize_model"
@@ -52,21 +52,6 @@ class QuantizeReport:
         lines += [f"  left dense: {name} ({reason})" for name, reason in self.skipped.items()]
         lines += [f"  skip entry matched nothing: {entry}" for entry in self.unused_skips]
         return "\n".join(lines)
-
-
-@dataclass
-class _Place:
-    """Where a module hangs: one parent, one attribute. Modules themselves are not held."""
-
-    parent: nn.Module
-    attribute: str
-    name: str
-
-    @property
-    def module(self) -> nn.Module:
-        module = self.parent._modules[self.attribute]
-        assert module is not None
-        return module
 
 
 def quantize_model(
@@ -136,7 +121,7 @@ def quantize_model(
     report = QuantizeReport(bytes_before=_model_bytes(model))
     groups = _plan(model, skip, embeddings, report)
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    report.unused_skips = [e for e in skip if not any(_matches(e, name) for name in names)]
+    report.unused_skips = [e for e in skip if not any(matches(e, name) for name in names)]
     for done, places in enumerate(groups, start=1):
         report.layers.append(
             _replace(
@@ -182,7 +167,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list
     # The ids are taken while every weight is alive, so that none stands for two.
     plan = [
         (place, id(place.module.weight))
-        for place in _places(model)
+        for place in places_of(model)
         if isinstance(place.module, NF4Module)
     ]
     dense: dict[int, nn.Parameter] = {}
@@ -195,25 +180,13 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list
     return [place.name for place, _ in plan]
 
 
-def _places(model: nn.Module) -> Iterator[_Place]:
-    """Every position of every module, in model order; a module in two places comes twice."""
-    for parent_name, parent in model.named_modules():
-        for attribute, child in parent._modules.items():
-            if child is not None:
-                yield _Place(parent, attribute, f"{parent_name}.{attribute}".lstrip("."))
-
-
-def _matches(entry: str, name: str) -> bool:
-    return f".{entry}." in f".{name}." or fnmatchcase(name, entry)
-
-
 def _plan(
     model: nn.Module, skip: tuple[str, ...], embeddings: bool, report: QuantizeReport
-) -> list[list[_Place]]:
+) -> list[list[Place]]:
     """Group the places to replace by weight; note in the report why every other matrix stays."""
-    groups: dict[int, list[_Place]] = {}
+    groups: dict[int, list[Place]] = {}
     reasons: dict[int, tuple[str, str]] = {}
-    for place in _places(model):
+    for place in places_of(model):
         module = place.module
         for key, parameter in module._parameters.items():
             if not _is_dense_matrix(parameter):
@@ -247,11 +220,11 @@ def _is_dense_matrix(parameter: torch.Tensor | None) -> bool:
 
 
 def _reason_to_skip(
-    place: _Place, module: nn.Module, skip: tuple[str, ...], embeddings: bool
+    place: Place, module: nn.Module, skip: tuple[str, ...], embeddings: bool
 ) -> str:
     """Why the weight of this module stays dense; empty if it is to be quantized."""
     kind = type(module)
-    if any(_matches(entry, place.name) for entry in skip):
+    if any(matches(entry, place.name) for entry in skip):
         return "in skip"
     if kind is nn.Embedding:
         if not embeddings:
@@ -270,7 +243,7 @@ def _reason_to_skip(
     return ""
 
 
-def _check_source(place: _Place) -> None:
+def _check_source(place: Place) -> None:
     weight = place.module.weight
     assert isinstance(weight, torch.Tensor)
     name = f"{place.name}.weight"
@@ -279,7 +252,7 @@ def _check_source(place: _Place) -> None:
         _checks.reject(ValueError, _OP, name, "have elements", tuple(weight.shape))
 
 
-def _replace(places: list[_Place], **options: Any) -> QuantizedLayer:
+def _replace(places: list[Place], **options: Any) -> QuantizedLayer:
     """Quantize the one weight of these places and put a new layer into each."""
     name = places[0].name
     source = places[0].module.weight
