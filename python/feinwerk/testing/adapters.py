@@ -184,7 +184,7 @@ class AdapterCase:
         return got
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=1024)
 def make_adapters(
     N: int,
     K: int,
