@@ -1,6 +1,7 @@
 """Feinwerk: NF4 weights for fine-tuning and inference, bit-compatible with bitsandbytes."""
 
 from feinwerk import backends, codebook, nn
+from feinwerk.explain import explain
 from feinwerk.nn import dequantize_model, quantize_model
 from feinwerk.ops import (
     blockwise_dequantize,
@@ -29,6 +30,7 @@ __all__ = [
     "codebook",
     "dequantize_model",
     "dora_linear",
+    "explain",
     "grouped_lora_linear",
     "lora_linear",
     "nf4_dequantize",

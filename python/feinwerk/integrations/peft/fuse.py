@@ -47,7 +47,7 @@ def fuse(model: nn.Module) -> list[str]:
     """
     found = []
     for name, module in model.named_modules():
-        kind = _fused_class(type(module))
+        kind = fused_class(type(module))
         if kind is not None:
             _check_adapters(module, name)
             found.append((name, module, kind))
@@ -145,7 +145,7 @@ def invalidate(model: nn.Module) -> None:
             module.forget_norms()
 
 
-def _fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+def fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The fused subclass of one of PEFT's classes, if it has one."""
     if kind is lora.Linear:
         return FusedLinear

@@ -12,6 +12,7 @@ from feinwerk import _checks
 from feinwerk.integrations.peft import base as base_layer
 from feinwerk.integrations.peft import merging, route
 from feinwerk.integrations.peft.base import FLOAT_DTYPES, Base
+from feinwerk.integrations.peft.config import refuse_config
 from feinwerk.integrations.peft.norms import NormCache
 from feinwerk.integrations.peft.route import Route
 from feinwerk.nn import NF4Linear
@@ -212,7 +213,9 @@ class FusedLayer(_PeftLayer):
         super()._load_from_state_dict(*args, **kwargs)
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """PEFT's; some initializations change the base weight."""
+        """PEFT's, after a check of the config; some initializations change the base weight."""
+        label = kwargs.get("target_name") or self.label
+        refuse_config(label, self.get_base_layer(), kwargs["config"])
         self.forget_norms()
         super().update_layer(*args, **kwargs)
 
