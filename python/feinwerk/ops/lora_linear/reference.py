@@ -64,7 +64,10 @@ def lora_linear(
     if bias is not None:
         y = y + bias.float()
     known = weight_norm is not None or not magnitude
-    return y.to(x.dtype).view(*x.shape[:-1], N), S, norms[:0] if known else norms
+    # Not a view: autograd forbids in-place operations on a view that a Function returns.
+    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    out.view(-1, N).copy_(y)
+    return out, S, norms[:0] if known else norms
 
 
 def lora_linear_backward(
