@@ -1,4 +1,5 @@
-// The operations of the C ABI: validate, choose the instruction set, split the work.
+// The operations of the C ABI but for the products (linear_api.cpp): validate, choose the
+// instruction set, split the work.
 #include <algorithm>
 #include <atomic>
 #include <string>
@@ -19,70 +20,6 @@ constexpr int64_t kGrainElements = 1 << 16;
 constexpr int64_t kHugePage = 2 << 20;  // bytes
 
 int64_t element_bytes(feinwerk_dtype dtype) { return dtype == FEINWERK_FLOAT32 ? 4 : 2; }
-
-template <class Args>
-const Args& required(const char* op, const Args* args) {
-  if (!args) invalid(op, "args", "not be null", "null");
-  return *args;
-}
-
-void check_product(const char* op, const feinwerk_nf4_weight& weight, feinwerk_dtype dtype,
-                   int64_t m, const char* in_name, const void* in, int64_t in_cols,
-                   const char* out_name, const void* out, int64_t out_cols) {
-  check_weight(op, weight);
-  check_dtype(op, "dtype", dtype);
-  if (m < 0) invalid(op, "m", "not be negative", m);
-  check_buffer(op, in_name, in, checked_product(op, in_name, m, in_cols));
-  check_buffer(op, out_name, out, checked_product(op, out_name, m, out_cols));
-}
-
-int64_t workspace_bytes(const ProductPlan& plan, int64_t threads) {
-  return plan.shared_bytes + plan.scratch_bytes * std::max<int64_t>(1, threads);
-}
-
-// Both products run alike: every chunk of rows is packed, then every unit of the weight visits it.
-template <class Args>
-void run_product(const char* op, const Args& args, const ProductPlan& plan,
-                 const feinwerk_executor* executor,
-                 void (*pack)(const Args&, int64_t, int64_t, int64_t, uint8_t*),
-                 void (*unit)(const Args&, int64_t, int64_t, int64_t, const uint8_t*, uint8_t*)) {
-  const int64_t need = workspace_bytes(plan, thread_count(executor));
-  if (args.workspace_bytes < need)
-    invalid(op, "workspace_bytes", "be at least " + std::to_string(need), args.workspace_bytes);
-  if (need > 0 && (!args.workspace || reinterpret_cast<uintptr_t>(args.workspace) % 64 != 0))
-    invalid(op, "workspace", "be 64-byte aligned and not null",
-            std::to_string(reinterpret_cast<uintptr_t>(args.workspace)));
-  uint8_t* shared = static_cast<uint8_t*>(args.workspace);
-  uint8_t* scratch = shared + plan.shared_bytes;
-  for (int64_t row = 0; row < args.m; row += plan.chunk_rows) {
-    const int64_t rows = std::min(plan.chunk_rows, args.m - row);
-    // A single small piece is packed in less time than it takes to wake a thread.
-    for_each_unit(plan.pack_units > 1 ? executor : nullptr, plan.pack_units,
-                  [&](int64_t u, int64_t) { pack(args, row, rows, u, shared); });
-    for_each_unit(executor, plan.units, [&](int64_t u, int64_t task) {
-      unit(args, row, rows, u, shared, scratch + task * plan.scratch_bytes);
-    });
-  }
-}
-
-// A plan reads shapes, dtypes and options only; these fill in just that.
-feinwerk_nf4_linear_args linear_shape(int64_t m, int64_t n, int64_t k, int64_t blocksize,
-                                      feinwerk_dtype dtype, feinwerk_compute compute) {
-  feinwerk_nf4_linear_args args = {};
-  args.weight.rows = n;
-  args.weight.cols = k;
-  args.weight.blocksize = blocksize;
-  args.dtype = dtype;
-  args.m = m;
-  args.compute = compute;
-  return args;
-}
-
-void check_compute(const char* op, feinwerk_compute compute) {
-  const int value = static_cast<int>(compute);
-  if (value != FEINWERK_COMPUTE_EXACT && value != FEINWERK_COMPUTE_INT8)
-    invalid(op, "compute", "be exact (0) or int8 (1)", value);
-}
 
 }  // namespace
 
@@ -138,36 +75,6 @@ feinwerk_status feinwerk_nf4_dequantize(const feinwerk_nf4_dequantize_args* argu
       table.nf4_dequantize(args.weight, begin, end, args.dtype,
                            static_cast<uint8_t*>(args.out) + begin * element_bytes(args.dtype));
     });
-  });
-}
-
-feinwerk_status feinwerk_nf4_linear(const feinwerk_nf4_linear_args* arguments,
-                                    const feinwerk_executor* executor) {
-  constexpr const char* op = "nf4_linear";
-  return guarded([&] {
-    const auto& args = required(op, arguments);
-    check_product(op, args.weight, args.dtype, args.m, "x", args.x, args.weight.cols, "y", args.y,
-                  args.weight.rows);
-    check_dtype(op, "bias_dtype", args.bias_dtype);
-    check_compute(op, args.compute);
-    if (args.m == 0 || args.weight.rows == 0) return;
-    const KernelTable& table = active_table();
-    run_product(op, args, table.nf4_linear_plan(args), executor, table.nf4_linear_pack,
-                table.nf4_linear_unit);
-  });
-}
-
-feinwerk_status feinwerk_nf4_linear_backward(const feinwerk_nf4_linear_backward_args* arguments,
-                                             const feinwerk_executor* executor) {
-  constexpr const char* op = "nf4_linear_backward";
-  return guarded([&] {
-    const auto& args = required(op, arguments);
-    check_product(op, args.weight, args.dtype, args.m, "grad_y", args.grad_y, args.weight.rows,
-                  "grad_x", args.grad_x, args.weight.cols);
-    if (args.m == 0 || args.weight.cols == 0) return;
-    const KernelTable& table = active_table();
-    run_product(op, args, table.nf4_linear_backward_plan(args), executor,
-                table.nf4_linear_backward_pack, table.nf4_linear_backward_unit);
   });
 }
 
@@ -250,41 +157,5 @@ feinwerk_status feinwerk_blockwise_dequantize(const feinwerk_blockwise_dequantiz
     for_each_range(
         executor, blocks, std::max<int64_t>(1, kGrainElements / args.blocksize),
         [&](int64_t begin, int64_t end) { table.blockwise_dequantize(args, begin, end); });
-  });
-}
-
-feinwerk_status feinwerk_nf4_linear_workspace(int64_t m, int64_t n, int64_t k, int64_t blocksize,
-                                              feinwerk_dtype dtype, feinwerk_compute compute,
-                                              int64_t threads, int64_t* bytes) {
-  constexpr const char* op = "nf4_linear_workspace";
-  return guarded([&] {
-    check_dtype(op, "dtype", dtype);
-    check_compute(op, compute);
-    check_nf4_blocksize(op, blocksize);
-    checked_product(op, "m x n", m, n);
-    checked_product(op, "m x k", m, k);
-    check_buffer(op, "bytes", bytes, 1);
-    const auto args = linear_shape(m, n, k, blocksize, dtype, compute);
-    *bytes = workspace_bytes(active_table().nf4_linear_plan(args), threads);
-  });
-}
-
-feinwerk_status feinwerk_nf4_linear_backward_workspace(int64_t m, int64_t n, int64_t k,
-                                                       int64_t blocksize, feinwerk_dtype dtype,
-                                                       int64_t threads, int64_t* bytes) {
-  constexpr const char* op = "nf4_linear_backward_workspace";
-  return guarded([&] {
-    check_dtype(op, "dtype", dtype);
-    check_nf4_blocksize(op, blocksize);
-    checked_product(op, "m x n", m, n);
-    checked_product(op, "m x k", m, k);
-    check_buffer(op, "bytes", bytes, 1);
-    feinwerk_nf4_linear_backward_args args = {};
-    args.weight.rows = n;
-    args.weight.cols = k;
-    args.weight.blocksize = blocksize;
-    args.dtype = dtype;
-    args.m = m;
-    *bytes = workspace_bytes(active_table().nf4_linear_backward_plan(args), threads);
   });
 }

@@ -13,6 +13,31 @@ namespace feinwerk {
 
 constexpr int64_t kNestedBlocksize = 256;
 
+// The product of a frozen weight, with or without adapters. With grad_y it does not write y but
+// grad_magnitude: for every DoRA adapter the sum over its rows of grad_y * (what magnitude / norm
+// multiplies) / norm.
+struct LinearArgs : feinwerk_lora_linear_args {
+  const void* grad_y;
+};
+
+// Its gradient; `ds` [m, s_cols] is that of S, computed by linear_backward_rows.
+struct LinearBackwardArgs : feinwerk_lora_linear_backward_args {
+  float* ds;
+};
+
+inline bool drops(const feinwerk_dropout& dropout) { return dropout.drop_below != 0; }
+inline bool is_dora(const feinwerk_adapter& adapter) { return adapter.magnitude != nullptr; }
+inline bool finds_norm(const feinwerk_adapter& adapter) {
+  return adapter.weight_norm && !adapter.weight_norm_known;
+}
+// Whether what DoRA scales is another sum than the base product's: PEFT's rule for dropout.
+template <class Args>
+bool has_dropped_product(const Args& args) {
+  bool dora = false;
+  for (int64_t e = 0; e < args.adapter_count; ++e) dora = dora || is_dora(args.adapters[e]);
+  return dora && drops(args.dropout);
+}
+
 // How one product is cut: the rows of the activations in chunks, each chunk in two phases.
 //   pack phase: `pack_units` independent pieces rearrange the activations into `shared`
 //   work phase: `units` independent pieces of the weight, each with its own `scratch`
@@ -22,6 +47,12 @@ struct ProductPlan {
   int64_t pack_units;
   int64_t units;
   int64_t shared_bytes;   // multiple of 64
+  int64_t scratch_bytes;  // per running task, multiple of 64
+  bool finds_norms;       // weight norms come out of the same pass
+};
+
+struct AdapterPlan {
+  int64_t row_units, column_units;
   int64_t scratch_bytes;  // per running task, multiple of 64
 };
 
@@ -36,18 +67,23 @@ struct KernelTable {
   void (*blockwise_dequantize)(const feinwerk_blockwise_dequantize_args& args, int64_t begin,
                                int64_t end);
 
-  ProductPlan (*nf4_linear_plan)(const feinwerk_nf4_linear_args& args);
-  void (*nf4_linear_pack)(const feinwerk_nf4_linear_args& args, int64_t row, int64_t rows,
-                          int64_t unit, uint8_t* shared);
-  void (*nf4_linear_unit)(const feinwerk_nf4_linear_args& args, int64_t row, int64_t rows,
-                          int64_t unit, const uint8_t* shared, uint8_t* scratch);
+  ProductPlan (*linear_plan)(const LinearArgs& args);
+  void (*linear_pack)(const LinearArgs& args, int64_t row, int64_t rows, int64_t unit,
+                      uint8_t* shared, uint8_t* scratch);
+  void (*linear_unit)(const LinearArgs& args, int64_t row, int64_t rows, int64_t unit,
+                      const uint8_t* shared, uint8_t* scratch);
 
-  ProductPlan (*nf4_linear_backward_plan)(const feinwerk_nf4_linear_backward_args& args);
-  void (*nf4_linear_backward_pack)(const feinwerk_nf4_linear_backward_args& args, int64_t row,
-                                   int64_t rows, int64_t unit, uint8_t* shared);
-  void (*nf4_linear_backward_unit)(const feinwerk_nf4_linear_backward_args& args, int64_t row,
-                                   int64_t rows, int64_t unit, const uint8_t* shared,
-                                   uint8_t* scratch);
+  ProductPlan (*linear_backward_plan)(const LinearBackwardArgs& args);
+  void (*linear_backward_pack)(const LinearBackwardArgs& args, int64_t row, int64_t rows,
+                               int64_t unit, uint8_t* shared, uint8_t* scratch);
+  void (*linear_backward_unit)(const LinearBackwardArgs& args, int64_t row, int64_t rows,
+                               int64_t unit, const uint8_t* shared, uint8_t* scratch);
+
+  // The gradients of the adapters in two passes: over rows (ds), then over columns (the others).
+  // A unit of columns returns 0 where grad_magnitude cannot be had from y.
+  AdapterPlan (*adapter_plan)(const LinearBackwardArgs& args);
+  void (*adapter_rows)(const LinearBackwardArgs& args, int64_t unit, uint8_t* scratch);
+  int (*adapter_columns)(const LinearBackwardArgs& args, int64_t unit, uint8_t* scratch);
 };
 
 // One definition per instruction set, in csrc/kernels/table.cpp.

@@ -30,6 +30,12 @@ void set_last_error(const std::string& message) noexcept;
   invalid(op, name, rule, std::to_string(value));
 }
 
+template <class Args>
+const Args& required(const char* op, const Args* args) {
+  if (!args) invalid(op, "args", "not be null", "null");
+  return *args;
+}
+
 // Runs body; the only catch of the library. Nothing may cross the C boundary but a status.
 template <class Body>
 feinwerk_status guarded(Body&& body) noexcept {

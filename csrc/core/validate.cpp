@@ -65,4 +65,10 @@ void check_weight(const char* op, const feinwerk_nf4_weight& weight) {
   check_buffer(op, "nested_offset", weight.nested_offset, blocks);
 }
 
+void check_weight(const char* op, const feinwerk_weight& weight) {
+  if (!weight.dense) return check_weight(op, weight.nf4);
+  check_dtype(op, "dense_dtype", weight.dense_dtype);
+  checked_product(op, "rows x cols", weight.nf4.rows, weight.nf4.cols);
+}
+
 }  // namespace feinwerk

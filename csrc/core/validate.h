@@ -15,6 +15,7 @@ void check_buffer(const char* op, const char* name, const void* pointer, int64_t
 void check_nf4_blocksize(const char* op, int64_t blocksize);
 void check_rule(const char* op, feinwerk_rule rule);
 void check_weight(const char* op, const feinwerk_nf4_weight& weight);
+void check_weight(const char* op, const feinwerk_weight& weight);
 // The product of two sizes; fails when either is negative or the product passes 2^62.
 int64_t checked_product(const char* op, const char* name, int64_t a, int64_t b);
 

@@ -15,16 +15,19 @@ void blockwise_quantize(const feinwerk_blockwise_quantize_args& args, float offs
 void blockwise_dequantize(const feinwerk_blockwise_dequantize_args& args, int64_t begin,
                           int64_t end);
 
-ProductPlan nf4_linear_plan(const feinwerk_nf4_linear_args& args);
-void nf4_linear_pack(const feinwerk_nf4_linear_args& args, int64_t row, int64_t rows, int64_t unit,
-                     uint8_t* shared);
-void nf4_linear_unit(const feinwerk_nf4_linear_args& args, int64_t row, int64_t rows, int64_t unit,
-                     const uint8_t* shared, uint8_t* scratch);
-ProductPlan nf4_linear_backward_plan(const feinwerk_nf4_linear_backward_args& args);
-void nf4_linear_backward_pack(const feinwerk_nf4_linear_backward_args& args, int64_t row,
-                              int64_t rows, int64_t unit, uint8_t* shared);
-void nf4_linear_backward_unit(const feinwerk_nf4_linear_backward_args& args, int64_t row,
-                              int64_t rows, int64_t unit, const uint8_t* shared, uint8_t* scratch);
+ProductPlan linear_plan(const LinearArgs& args);
+void linear_pack(const LinearArgs& args, int64_t row, int64_t rows, int64_t unit, uint8_t* shared,
+                 uint8_t* scratch);
+void linear_unit(const LinearArgs& args, int64_t row, int64_t rows, int64_t unit,
+                 const uint8_t* shared, uint8_t* scratch);
+ProductPlan linear_backward_plan(const LinearBackwardArgs& args);
+void linear_backward_pack(const LinearBackwardArgs& args, int64_t row, int64_t rows, int64_t unit,
+                          uint8_t* shared, uint8_t* scratch);
+void linear_backward_unit(const LinearBackwardArgs& args, int64_t row, int64_t rows, int64_t unit,
+                          const uint8_t* shared, uint8_t* scratch);
+AdapterPlan adapter_plan(const LinearBackwardArgs& args);
+void adapter_rows(const LinearBackwardArgs& args, int64_t unit, uint8_t* scratch);
+int adapter_columns(const LinearBackwardArgs& args, int64_t unit, uint8_t* scratch);
 
 }  // namespace FEINWERK_ISA_NAME
 }  // namespace feinwerk

@@ -63,20 +63,87 @@ inline void pack_rows(Engine engine, const typename Dtype::Element* x, int64_t s
     }
 }
 
+// x, as a dense weight of one dtype holds it, rounded to the dtype of the activations.
+template <class Dtype>
+inline F rounded(Dtype, Dtype, F x) {
+  return x;
+}
+template <class Stored>
+inline F rounded(Float32, Stored, F x) {
+  return x;
+}
+inline F rounded(Float32, Float32, F x) { return x; }
+template <class Dtype, class Stored>
+inline F rounded(Dtype, Stored, F x) {
+  typename Dtype::Element buffer[kWidth];
+  Dtype::write(buffer, x);
+  return Dtype::read(buffer);
+}
+
+// Asks for elements [begin, end) of W ahead of their use.
+inline void prefetch_weight(const feinwerk_weight& w, int64_t begin, int64_t end) {
+  if (!w.dense) return prefetch_codes(w.nf4, begin, end);
+  const int64_t size = w.dense_dtype == FEINWERK_FLOAT32 ? 4 : 2;
+  const char* const at = static_cast<const char*>(w.dense);
+  for (int64_t byte = begin * size; byte < end * size; byte += 64) __builtin_prefetch(at + byte);
+}
+
+// Elements [begin, end) of W in fp32, rounded to Dtype, for a kernel's panel: kWidth floats at at(i)
+// for i = 0, kWidth, ... below `total`, zeros past the end.
+template <class Dtype, class Address>
+inline void weight_row(const feinwerk_weight& w, int64_t begin, int64_t end, int64_t total,
+                       const Address& at) {
+  if (!w.dense) return decode_panel_row<Dtype>(w.nf4, begin, end, total, at);
+  with_dtype(w.dense_dtype, [&](auto tag) {
+    using Stored = decltype(tag);
+    const auto* from = static_cast<const typename Stored::Element*>(w.dense) + begin;
+    for (int64_t i = 0; i < total; i += kWidth) {
+      const int64_t count = end - begin - i;
+      const F x = count > 0 ? read_part<Stored>(from + i, count) : zero();
+      store(at(i), rounded(Dtype{}, Stored{}, x));
+    }
+  });
+}
+#if defined(FEINWERK_BF16_DOT)
+// The same in bf16, 32 elements at a time.
+template <class Address>
+inline void weight_row_bf16(const feinwerk_weight& w, int64_t begin, int64_t end, int64_t total,
+                            const Address& at) {
+  if (!w.dense) return decode_panel_row_bf16(w.nf4, begin, end, total, at);
+  if (w.dense_dtype == FEINWERK_BFLOAT16) {
+    const auto* from = static_cast<const uint16_t*>(w.dense) + begin;
+    for (int64_t i = 0; i < total; i += 32)
+      store(reinterpret_cast<float*>(at(i)),
+            read_units<Bfloat16>(PairEngine{}, from + i, end - begin - i));
+    return;
+  }
+  with_dtype(w.dense_dtype, [&](auto tag) {
+    using Stored = decltype(tag);
+    const auto* from = static_cast<const typename Stored::Element*>(w.dense) + begin;
+    for (int64_t i = 0; i < total; i += 32)
+      for (int64_t j = i; j < i + 32; j += kWidth) {
+        const int64_t count = end - begin - j;
+        auto* const to = reinterpret_cast<uint16_t*>(at(i)) + (j - i);
+        store_bf16(to, count > 0 ? read_part<Stored>(from + j, count) : zero());
+      }
+  });
+}
+#endif
+
 // A from rows of W: row n + r, units [t, t + depth).
 template <class Dtype, class Engine>
-inline void decode_rows(Engine, const feinwerk_nf4_weight& w, int64_t n, int64_t rows, int64_t t,
+inline void decode_rows(Engine, const feinwerk_weight& w, int64_t n, int64_t rows, int64_t t,
                         int64_t depth, typename Engine::Unit* a) {
   const int64_t k = t * Engine::kPair, total = depth * Engine::kPair,
-                end = min64(w.cols, k + total);
+                end = min64(w.nf4.cols, k + total);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t row = (n + r) * w.cols;
+    const int64_t row = (n + r) * w.nf4.cols;
     const auto at = [=](int64_t i) { return a + Engine::a_offset(r, i / Engine::kPair); };
-    prefetch_codes(w, row + end, row + min64(w.cols, end + total));
+    prefetch_weight(w, row + end, row + min64(w.nf4.cols, end + total));
     if constexpr (Engine::kPair == 1)
-      decode_panel_row<Dtype>(w, row + k, row + end, total, at);
+      weight_row<Dtype>(w, row + k, row + end, total, at);
     else
-      decode_panel_row_bf16(w, row + k, row + end, total, at);
+      weight_row_bf16(w, row + k, row + end, total, at);
   }
   for (int64_t r = rows; r < round_up(rows, Engine::kRowUnit); ++r)
     for (int64_t u = 0; u < depth; u += kWidth)
@@ -88,34 +155,34 @@ inline void decode_rows(Engine, const feinwerk_nf4_weight& w, int64_t n, int64_t
 struct NextLanes {
   int64_t n, k;
 };
-inline void prefetch_lanes(const feinwerk_nf4_weight& w, NextLanes next, int64_t t, int64_t lanes) {
-  if (next.n + t >= w.rows || next.k >= w.cols) return;
-  const int64_t begin = (next.n + t) * w.cols + next.k;
-  const int64_t end = begin + min64(lanes, w.cols - next.k);
-  prefetch_codes(w, begin, end);
+inline void prefetch_lanes(const feinwerk_weight& w, NextLanes next, int64_t t, int64_t lanes) {
+  if (next.n + t >= w.nf4.rows || next.k >= w.nf4.cols) return;
+  const int64_t begin = (next.n + t) * w.nf4.cols + next.k;
+  const int64_t end = begin + min64(lanes, w.nf4.cols - next.k);
+  prefetch_weight(w, begin, end);
 }
 
 // From one group of B to the next, in units. Rows of W are decoded across all groups, and with a
 // power of two between them every line of a row would fall into the same cache set.
-inline int64_t lane_stride(int64_t depth) { return (depth + 1) * kWidth; }
+constexpr int64_t lane_stride(int64_t depth) { return (depth + 1) * kWidth; }
 
 // B from rows of W: lanes are `lanes` columns from k on, the contraction runs over rows n + t.
 template <class Dtype>
-inline void decode_lanes(Fp32Engine, const feinwerk_nf4_weight& w, int64_t n, int64_t depth,
+inline void decode_lanes(Fp32Engine, const feinwerk_weight& w, int64_t n, int64_t depth,
                          int64_t k, int64_t lanes, NextLanes next, float* b) {
-  const int64_t end = min64(w.cols, k + lanes);
+  const int64_t end = min64(w.nf4.cols, k + lanes);
   for (int64_t t = 0; t < depth; ++t) {
     const auto at = [=](int64_t i) { return b + i / kWidth * lane_stride(depth) + t * kWidth; };
     prefetch_lanes(w, next, t, lanes);
-    if (n + t < w.rows)
-      decode_panel_row<Dtype>(w, (n + t) * w.cols + k, (n + t) * w.cols + end, lanes, at);
+    if (n + t < w.nf4.rows)
+      weight_row<Dtype>(w, (n + t) * w.nf4.cols + k, (n + t) * w.nf4.cols + end, lanes, at);
     else
       for (int64_t i = 0; i < lanes; i += kWidth) store(at(i), zero());
   }
 }
 #if defined(FEINWERK_BF16_DOT)
 template <class Dtype>
-inline void decode_lanes(PairEngine, const feinwerk_nf4_weight& w, int64_t n, int64_t depth,
+inline void decode_lanes(PairEngine, const feinwerk_weight& w, int64_t n, int64_t depth,
                          int64_t k, int64_t lanes, NextLanes next, uint32_t* b) {
   // Word 2 i of a result is word i of the even row, word 2 i + 1 that of the odd row.
   alignas(64) static constexpr uint16_t kFirst[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
@@ -123,15 +190,15 @@ inline void decode_lanes(PairEngine, const feinwerk_nf4_weight& w, int64_t n, in
                                                       11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const I first = _mm512_load_si512(kFirst);
   const I second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-  const int64_t end = min64(w.cols, k + lanes);
+  const int64_t end = min64(w.nf4.cols, k + lanes);
   for (int64_t t = 0; t < depth; ++t) {
     alignas(64) uint16_t rows[2][kMaxRow];
     for (int64_t p = 0; p < 2; ++p) {
       const int64_t row = n + 2 * t + p;
       prefetch_lanes(w, next, 2 * t + p, lanes);
       const auto at = [&](int64_t i) { return rows[p] + i; };
-      if (row < w.rows)
-        decode_panel_row_bf16(w, row * w.cols + k, row * w.cols + end, lanes, at);
+      if (row < w.nf4.rows)
+        weight_row_bf16(w, row * w.nf4.cols + k, row * w.nf4.cols + end, lanes, at);
       else
         memset(rows[p], 0, static_cast<size_t>(lanes) * 2);
     }
@@ -156,20 +223,24 @@ inline void read_floats(const void* p, feinwerk_dtype dtype, int64_t first, int6
   });
 }
 
-// C^T -> y: lanes of C are rows of y. bias may be null.
-template <class Dtype>
-inline void store_transposed(const float* c, int64_t c_stride, int64_t n_count, int64_t m_count,
-                             const float* bias, typename Dtype::Element* y, int64_t y_stride) {
+// Turns C^T round: sink(m, n, v, w) gets v = C[n .. n + kWidth)[m] for every lane m in
+// [begin, begin + count) and every n in steps of kWidth, and w the same of lane m + other (v itself
+// when other is 0); values past n_count are zero.
+template <class Sink>
+inline void for_each_row(const float* c, int64_t c_stride, int64_t n_count, int64_t begin,
+                         int64_t count, int64_t other, const Sink& sink) {
+  const auto turn = [&](int64_t n, int64_t lane, F(&rows)[kWidth]) {
+    for (int64_t i = 0; i < kWidth; ++i)
+      rows[i] = n + i < n_count ? load(c + (n + i) * c_stride + lane) : zero();
+    transpose(rows);
+  };
   for (int64_t n = 0; n < n_count; n += kWidth)
-    for (int64_t m = 0; m < m_count; m += kWidth) {
-      F rows[kWidth];
-      for (int64_t i = 0; i < kWidth; ++i) {
-        rows[i] = n + i < n_count ? load(c + (n + i) * c_stride + m) : zero();
-        if (bias && n + i < n_count) rows[i] = add(rows[i], set1(bias[n + i]));
-      }
-      transpose(rows);
-      for (int64_t i = 0; i < min64(kWidth, m_count - m); ++i)
-        write_part<Dtype>(y + (m + i) * y_stride + n, n_count - n, rows[i]);
+    for (int64_t m = 0; m < count; m += kWidth) {
+      F v[kWidth], w[kWidth];
+      turn(n, begin + m, v);
+      if (other) turn(n, begin + m + other, w);
+      for (int64_t i = 0; i < min64(kWidth, count - m); ++i)
+        sink(begin + m + i, n, v[i], other ? w[i] : v[i]);
     }
 }
 

@@ -9,12 +9,15 @@ extern const KernelTable kTable = {
     nf4_dequantize,
     blockwise_quantize,
     blockwise_dequantize,
-    nf4_linear_plan,
-    nf4_linear_pack,
-    nf4_linear_unit,
-    nf4_linear_backward_plan,
-    nf4_linear_backward_pack,
-    nf4_linear_backward_unit,
+    linear_plan,
+    linear_pack,
+    linear_unit,
+    linear_backward_plan,
+    linear_backward_pack,
+    linear_backward_unit,
+    adapter_plan,
+    adapter_rows,
+    adapter_columns,
 };
 
 }  // namespace FEINWERK_ISA_NAME

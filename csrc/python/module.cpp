@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -75,6 +76,63 @@ feinwerk_nf4_weight weight_of(const py::tuple& t) {
   weight.nested_codebook = at<const float>(address(10));
   weight.nested_offset = at<const float>(address(11));
   return weight;
+}
+
+feinwerk_dtype dtype_of(int dtype);
+
+// (NF4 fields as above, address of a dense weight or 0, its dtype)
+feinwerk_weight base_of(const py::tuple& t) {
+  feinwerk_weight weight = {};
+  weight.nf4 = weight_of(t[0]);
+  weight.dense = at<const void>(t[1].cast<Address>());
+  weight.dense_dtype = dtype_of(t[2].cast<int>());
+  return weight;
+}
+
+// (r, lora_A, lora_B, scaling, row_begin, row_end, magnitude, base_norm, weight_norm,
+//  weight_norm_known, grad_A, grad_B, grad_magnitude)
+std::vector<feinwerk_adapter> adapters_of(const py::list& list) {
+  std::vector<feinwerk_adapter> adapters;
+  for (const py::handle& item : list) {
+    const auto t = item.cast<py::tuple>();
+    const auto floats = [&](std::size_t i) { return at<float>(t[i].cast<Address>()); };
+    feinwerk_adapter adapter = {};
+    adapter.r = t[0].cast<int64_t>();
+    adapter.lora_A = floats(1);
+    adapter.lora_B = floats(2);
+    adapter.scaling = t[3].cast<float>();
+    adapter.row_begin = t[4].cast<int64_t>();
+    adapter.row_end = t[5].cast<int64_t>();
+    adapter.magnitude = floats(6);
+    adapter.base_norm = floats(7);
+    adapter.weight_norm = floats(8);
+    adapter.weight_norm_known = t[9].cast<bool>();
+    adapter.grad_A = floats(10);
+    adapter.grad_B = floats(11);
+    adapter.grad_magnitude = floats(12);
+    adapters.push_back(adapter);
+  }
+  return adapters;
+}
+
+feinwerk_dropout dropout_of(uint64_t seed, uint32_t drop_below, float keep_scale) {
+  feinwerk_dropout dropout = {};
+  dropout.seed = seed;
+  dropout.drop_below = drop_below;
+  dropout.keep_scale = keep_scale;
+  return dropout;
+}
+
+// Runs an operation if its workspace is large enough; else returns the bytes that it needs.
+template <class Args>
+int64_t run_or_size(feinwerk_status (*op)(const Args*, const feinwerk_executor*),
+                    feinwerk_status (*size)(const Args*, int64_t, int64_t*), const Args& args,
+                    int64_t threads) {
+  int64_t bytes = 0;
+  check(size(&args, threads, &bytes));
+  if (bytes > args.workspace_bytes) return bytes;
+  run(op, args, threads);
+  return 0;
 }
 
 feinwerk_dtype dtype_of(int dtype) { return static_cast<feinwerk_dtype>(dtype); }
@@ -185,6 +243,57 @@ PYBIND11_MODULE(_C, m) {
     args.out_count = out_count;
     run(feinwerk_nf4_embedding, args, threads);
   });
+  m.def("lora_linear", [](const py::tuple& weight, Address x, Address y, int dtype, int64_t rows,
+                          Address bias, int bias_dtype, int compute, const py::list& adapters,
+                          Address s, int64_t s_cols, uint64_t seed, uint32_t drop_below,
+                          float keep_scale, Address workspace, int64_t workspace_bytes,
+                          int64_t threads) {
+    const auto list = adapters_of(adapters);
+    feinwerk_lora_linear_args args = {};
+    args.weight = base_of(weight);
+    args.x = at<const void>(x);
+    args.y = at<void>(y);
+    args.dtype = dtype_of(dtype);
+    args.m = rows;
+    args.bias = at<const void>(bias);
+    args.bias_dtype = dtype_of(bias_dtype);
+    args.compute = static_cast<feinwerk_compute>(compute);
+    args.adapters = list.data();
+    args.adapter_count = static_cast<int64_t>(list.size());
+    args.s = at<float>(s);
+    args.s_cols = s_cols;
+    args.dropout = dropout_of(seed, drop_below, keep_scale);
+    args.workspace = at<void>(workspace);
+    args.workspace_bytes = workspace_bytes;
+    return run_or_size(feinwerk_lora_linear, feinwerk_lora_linear_workspace, args, threads);
+  });
+  m.def("lora_linear_backward",
+        [](const py::tuple& weight, Address grad_y, Address x, Address y, int dtype, int64_t rows,
+           Address bias, int bias_dtype, const py::list& adapters, Address s, int64_t s_cols,
+           uint64_t seed, uint32_t drop_below, float keep_scale, Address grad_x, Address grad_bias,
+           Address workspace, int64_t workspace_bytes, int64_t threads) {
+          const auto list = adapters_of(adapters);
+          feinwerk_lora_linear_backward_args args = {};
+          args.weight = base_of(weight);
+          args.grad_y = at<const void>(grad_y);
+          args.x = at<const void>(x);
+          args.y = at<const void>(y);
+          args.dtype = dtype_of(dtype);
+          args.m = rows;
+          args.bias = at<const void>(bias);
+          args.bias_dtype = dtype_of(bias_dtype);
+          args.adapters = list.data();
+          args.adapter_count = static_cast<int64_t>(list.size());
+          args.s = at<const float>(s);
+          args.s_cols = s_cols;
+          args.dropout = dropout_of(seed, drop_below, keep_scale);
+          args.grad_x = at<void>(grad_x);
+          args.grad_bias = at<float>(grad_bias);
+          args.workspace = at<void>(workspace);
+          args.workspace_bytes = workspace_bytes;
+          return run_or_size(feinwerk_lora_linear_backward, feinwerk_lora_linear_backward_workspace,
+                             args, threads);
+        });
   m.def("blockwise_quantize",
         [](Address x, int64_t count, int64_t blocksize, Address codebook, int rule, bool center,
            Address codes, Address absmax, int64_t absmax_count, Address offset, int64_t threads) {

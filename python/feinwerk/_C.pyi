@@ -1,6 +1,8 @@
 """Types of the native module `_C` (csrc/python/module.cpp): addresses and sizes in, None out."""
 
 _Weight = tuple[int, int, int, int, int, int, int, int, int, int, int, int]
+_Base = tuple[_Weight, int, int]
+_Adapter = tuple[int, int, int, float, int, int, int, int, int, bool, int, int, int]
 
 def version() -> str: ...
 def isas() -> list[str]: ...
@@ -45,6 +47,46 @@ def nf4_linear_backward(
     workspace_bytes: int,
     threads: int,
 ) -> None: ...
+def lora_linear(
+    weight: _Base,
+    x: int,
+    y: int,
+    dtype: int,
+    rows: int,
+    bias: int,
+    bias_dtype: int,
+    compute: int,
+    adapters: list[_Adapter],
+    s: int,
+    s_cols: int,
+    seed: int,
+    drop_below: int,
+    keep_scale: float,
+    workspace: int,
+    workspace_bytes: int,
+    threads: int,
+) -> int: ...
+def lora_linear_backward(
+    weight: _Base,
+    grad_y: int,
+    x: int,
+    y: int,
+    dtype: int,
+    rows: int,
+    bias: int,
+    bias_dtype: int,
+    adapters: list[_Adapter],
+    s: int,
+    s_cols: int,
+    seed: int,
+    drop_below: int,
+    keep_scale: float,
+    grad_x: int,
+    grad_bias: int,
+    workspace: int,
+    workspace_bytes: int,
+    threads: int,
+) -> int: ...
 def nf4_embedding(
     weight: _Weight,
     indices: int,

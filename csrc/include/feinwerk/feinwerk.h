@@ -129,6 +129,83 @@ typedef struct feinwerk_nf4_linear_backward_args {
   int64_t workspace_bytes;
 } feinwerk_nf4_linear_backward_args;
 
+/* A frozen matrix W[N, K]: NF4, or dense when `dense` is not null. nf4.rows and nf4.cols are its
+ * shape either way; of a dense one no other member of nf4 is read. */
+typedef struct feinwerk_weight {
+  feinwerk_nf4_weight nf4;
+  const void* dense; /* [N, K] */
+  feinwerk_dtype dense_dtype;
+} feinwerk_weight;
+
+/* One adapter, W + scaling * lora_B @ lora_A, on the rows [row_begin, row_end) of x. DoRA adds a
+ * magnitude: what the adapter makes of a row is multiplied by magnitude / weight_norm, where
+ *   weight_norm[i] = || W[i, :] + scaling * (lora_B @ lora_A)[i, :] ||
+ * is found from base_norm[i] = || W[i, :] || unless weight_norm_known. */
+typedef struct feinwerk_adapter {
+  int64_t r;           /* at least 1 */
+  const float* lora_A; /* [r, K] */
+  const float* lora_B; /* [N, r] */
+  float scaling;
+  int64_t row_begin, row_end;
+  const float* magnitude;    /* [N], null for LoRA */
+  const float* base_norm;    /* [N], read when weight_norm is to be found */
+  float* weight_norm;        /* [N], with magnitude; without, null or where to write it */
+  int32_t weight_norm_known; /* weight_norm is read, not written */
+  float* grad_A;             /* of the backward: [r, K], [N, r] and [N], or null */
+  float* grad_B;
+  float* grad_magnitude;
+} feinwerk_adapter;
+
+/* Dropout of x on the adapters' way: element (m, k) is dropped when its Philox word is below
+ * drop_below (docs/philox.md), what stays is multiplied by keep_scale. drop_below = 0: none. */
+typedef struct feinwerk_dropout {
+  uint64_t seed;
+  uint32_t drop_below; /* round(p * 2^32) */
+  float keep_scale;    /* 1 / (1 - p) */
+} feinwerk_dropout;
+
+/* y = x @ W^T + scaling * (dropout(x) @ lora_A^T) @ lora_B^T + bias, row by row with its adapter;
+ * with magnitude as docs/ops/lora_linear.md has it. Adapters are in ascending order of their rows
+ * and share none. m = 0 finds weight norms only. */
+typedef struct feinwerk_lora_linear_args {
+  feinwerk_weight weight;
+  const void* x;
+  void* y;
+  feinwerk_dtype dtype; /* of x and y */
+  int64_t m;
+  const void* bias; /* N values or null */
+  feinwerk_dtype bias_dtype;
+  feinwerk_compute compute;
+  const feinwerk_adapter* adapters;
+  int64_t adapter_count;
+  float* s;       /* [m, s_cols]: dropout(x) @ lora_A^T, rows of an adapter in its first r columns */
+  int64_t s_cols; /* at least every r */
+  feinwerk_dropout dropout;
+  void* workspace; /* 64-byte aligned, feinwerk_lora_linear_workspace() bytes */
+  int64_t workspace_bytes;
+} feinwerk_lora_linear_args;
+
+/* The gradients of feinwerk_lora_linear for x, bias and every adapter. */
+typedef struct feinwerk_lora_linear_backward_args {
+  feinwerk_weight weight;
+  const void* grad_y;
+  const void* x;
+  const void* y; /* what the forward wrote, or null: then grad_magnitude recomputes it in slabs */
+  feinwerk_dtype dtype; /* of grad_y, x, y and grad_x */
+  int64_t m;
+  const void* bias;
+  feinwerk_dtype bias_dtype;
+  const feinwerk_adapter* adapters; /* weight_norm known */
+  int64_t adapter_count;
+  const float* s; /* what the forward wrote */
+  int64_t s_cols;
+  feinwerk_dropout dropout;
+  void* grad_x;     /* [m, K] or null */
+  float* grad_bias; /* [N] or null */
+  void* workspace;  /* 64-byte aligned, feinwerk_lora_linear_backward_workspace() bytes */
+  int64_t workspace_bytes;
+} feinwerk_lora_linear_backward_args;
+
 /* out[i, :] = W[indices[i], :]. */
 typedef struct feinwerk_nf4_embedding_args {
   feinwerk_nf4_weight weight;
@@ -175,6 +252,10 @@ FEINWERK_API feinwerk_status feinwerk_nf4_linear(const feinwerk_nf4_linear_args*
                                                  const feinwerk_executor* executor);
 FEINWERK_API feinwerk_status feinwerk_nf4_linear_backward(
     const feinwerk_nf4_linear_backward_args* args, const feinwerk_executor* executor);
+FEINWERK_API feinwerk_status feinwerk_lora_linear(const feinwerk_lora_linear_args* args,
+                                                  const feinwerk_executor* executor);
+FEINWERK_API feinwerk_status feinwerk_lora_linear_backward(
+    const feinwerk_lora_linear_backward_args* args, const feinwerk_executor* executor);
 FEINWERK_API feinwerk_status feinwerk_nf4_embedding(const feinwerk_nf4_embedding_args* args,
                                                     const feinwerk_executor* executor);
 FEINWERK_API feinwerk_status feinwerk_blockwise_quantize(
@@ -193,6 +274,13 @@ FEINWERK_API feinwerk_status feinwerk_nf4_linear_backward_workspace(int64_t m, i
                                                                     feinwerk_dtype dtype,
                                                                     int64_t threads,
                                                                     int64_t* bytes);
+
+/* Scratch of the adapter functions for arguments that are complete but for the workspace: only
+ * shapes, dtypes, ranks, row ranges and which pointers are null are read. */
+FEINWERK_API feinwerk_status feinwerk_lora_linear_workspace(const feinwerk_lora_linear_args* args,
+                                                            int64_t threads, int64_t* bytes);
+FEINWERK_API feinwerk_status feinwerk_lora_linear_backward_workspace(
+    const feinwerk_lora_linear_backward_args* args, int64_t threads, int64_t* bytes);
 
 /* The message of the last failure on this thread; "" when there was none. Never null. */
 FEINWERK_API const char* feinwerk_last_error(void);

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from feinwerk import _native
+from feinwerk._native import adapters
 
 
 def lora_linear(*args: Any, **kwargs: Any) -> Any:
     """Forward to the native kernel."""
-    return _native.lora_linear(*args, **kwargs)
+    return adapters.lora_linear(*args, **kwargs)
 
 
 def lora_linear_backward(*args: Any, **kwargs: Any) -> Any:
     """Forward to the native kernel."""
-    return _native.lora_linear_backward(*args, **kwargs)
+    return adapters.lora_linear_backward(*args, **kwargs)

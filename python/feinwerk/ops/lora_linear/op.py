@@ -225,7 +225,7 @@ _OP = register_op(
     "-> (Tensor y, Tensor S, Tensor norms)",
     check=_check,
     reference=reference.lora_linear,
-    cpp=reference.lora_linear,
+    cpp=cpp.lora_linear,
     fake=_fake,
 )
 
@@ -237,7 +237,7 @@ _BACKWARD_OP = register_op(
     "Tensor grad_bias)",
     check=_check_backward,
     reference=reference.lora_linear_backward,
-    cpp=reference.lora_linear_backward,
+    cpp=cpp.lora_linear_backward,
     fake=_fake_backward,
 )
 

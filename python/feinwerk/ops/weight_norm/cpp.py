@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from feinwerk import _native
+from feinwerk._native import adapters
 
 
 def weight_norm(*args: Any, **kwargs: Any) -> Any:
     """Forward to the native kernel."""
-    return _native.weight_norm(*args, **kwargs)
+    return adapters.weight_norm(*args, **kwargs)

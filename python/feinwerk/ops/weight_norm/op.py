@@ -71,7 +71,7 @@ _OP = register_op(
     "int blocksize=64, ScalarType dtype=float) -> Tensor",
     check=_check,
     reference=reference.weight_norm,
-    cpp=reference.weight_norm,
+    cpp=cpp.weight_norm,
     fake=_fake,
 )
 

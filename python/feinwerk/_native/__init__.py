@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -152,6 +152,14 @@ class _Scratch(threading.local):
             self.buffer = buffer = _empty(size + _ALIGNMENT, torch.uint8)
         address = buffer.data_ptr()
         return address + -address % _ALIGNMENT
+
+    def run(self, call: Callable[[int, int], int]) -> None:
+        """Call with (address, size) of the workspace; once more when it returns a larger size."""
+        buffer = self.buffer
+        held = 0 if buffer is None else buffer.numel() - _ALIGNMENT
+        need = call(self.at_least(held) if held > 0 else _NO_ADDRESS, held)
+        if need:
+            call(self.at_least(need), need)
 
 
 _scratch = _Scratch()
