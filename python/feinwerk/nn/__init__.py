@@ -1,7 +1,16 @@
-"""Modules with NF4 weights and modules with adapters, and the functions that put them in a model."""
+"""NF4 modules, adapter modules, and the functions that put them into a model."""
 
 from feinwerk.nn.adapter import Adapter
+from feinwerk.nn.adapter_file import load_adapter, save_adapter
 from feinwerk.nn.adapter_init import loftq
+from feinwerk.nn.add_adapters import (
+    adapter_parameters,
+    adapters_of,
+    add_adapters,
+    disable_adapters,
+    mark_trainable,
+    merge_adapters,
+)
 from feinwerk.nn.lora import DoRALinear, LoRALinear
 from feinwerk.nn.lora_conv import DoRAConv, LoRAConv
 from feinwerk.nn.lora_embedding import DoRAEmbedding, LoRAEmbedding
@@ -28,7 +37,15 @@ __all__ = [
     "NF4Linear",
     "QuantizeReport",
     "QuantizedLayer",
+    "adapter_parameters",
+    "adapters_of",
+    "add_adapters",
     "dequantize_model",
+    "disable_adapters",
+    "load_adapter",
     "loftq",
+    "mark_trainable",
+    "merge_adapters",
     "quantize_model",
+    "save_adapter",
 ]

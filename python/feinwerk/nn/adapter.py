@@ -40,6 +40,7 @@ class Adapter(nn.Module):
     """
 
     base_layer: nn.Module
+    scaling: float | torch.Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_bias: nn.Parameter | None
@@ -47,6 +48,8 @@ class Adapter(nn.Module):
     initial_B: torch.Tensor | None
 
     inits: ClassVar[tuple[str, ...]] = ("default", "gaussian")
+    # Options of a whole model that mean nothing to this kind of layer.
+    unused: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -64,18 +67,18 @@ class Adapter(nn.Module):
         """Check everything, then wrap; see the subclasses."""
         super().__init__()
         self.check(
-            base_layer, r, lora_alpha=lora_alpha, dropout=dropout, init=init,
-            iterations=iterations, dtype=dtype,
+            base_layer, r, lora_alpha=lora_alpha, use_rslora=use_rslora, dropout=dropout,
+            lora_bias=lora_bias, init=init, iterations=iterations, dtype=dtype,
         )  # fmt: skip
         self.base_layer = base_layer
-        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
-        self.scaling: float | torch.Tensor = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.dropout, self.init = dropout, init
+        self.r = r
+        self.set_scaling(lora_alpha, use_rslora)
+        self.dropout, self.init, self.enabled = dropout, init, True
         self._kept: tuple[nn.Module, KeptWeight | None] | None = None
         weight = base_layer._parameters["weight"]
         assert weight is not None
         weight.requires_grad_(False)
-        shape_A, shape_B = self._shapes()
+        shape_A, shape_B = self.shapes(base_layer, r)
         options: Any = {"dtype": dtype, "device": weight.device}
         self.lora_A = nn.Parameter(torch.zeros(shape_A, **options))
         self.lora_B = nn.Parameter(torch.zeros(shape_B, **options))
@@ -93,11 +96,12 @@ class Adapter(nn.Module):
         r: int,
         *,
         lora_alpha: float,
+        use_rslora: bool = False,
         dropout: float = 0.0,
+        lora_bias: bool = False,
         init: str = "default",
         iterations: int = 1,
         dtype: torch.dtype = torch.float32,
-        **_: Any,
     ) -> None:
         """Raise what the constructor would raise, without making or changing anything."""
         op = cls.__name__
@@ -135,9 +139,15 @@ class Adapter(nn.Module):
     def _check_base(cls, base_layer: nn.Module) -> None:
         raise NotImplementedError
 
-    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of lora_A and lora_B."""
+    @classmethod
+    def shapes(cls, base_layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes that lora_A and lora_B have over a layer."""
         raise NotImplementedError
+
+    def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
+        """Set scaling to lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
+        self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
+        self.scaling = lora_alpha / (math.sqrt(self.r) if use_rslora else self.r)
 
     @property
     def transposed(self) -> bool:
@@ -207,6 +217,11 @@ class Adapter(nn.Module):
     def merged(self) -> bool:
         """Whether the base holds the merged weight."""
         return self._kept is not None
+
+    @property
+    def _bare(self) -> bool:
+        """Whether the base alone gives the result: merged, or switched off by `enabled`."""
+        return self._kept is not None or not self.enabled
 
     def _gain(self) -> torch.Tensor | None:
         return None
@@ -294,6 +309,11 @@ class Adapter(nn.Module):
             restore_weight(base, kept)
         self._kept = None
         self._forget_norm()
+
+    def release(self) -> nn.Module:
+        """Return the base as it is, merged or not, for good: `unmerge` is no longer possible."""
+        self._kept = None
+        return self.base_layer
 
     def _forget_norm(self) -> None:
         pass

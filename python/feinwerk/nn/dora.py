@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from feinwerk import _checks
 from feinwerk.nn.adapter import Adapter
 
 
@@ -28,6 +29,20 @@ class DoRA(Adapter):
         self.register_buffer("base_norm", None, persistent=False)
         norm = self.weight_norm()
         self.magnitude = nn.Parameter(norm.to(self.lora_B.dtype, copy=True))
+
+    @classmethod
+    def check(cls, base_layer: nn.Module, r: int, **options: Any) -> None:
+        """See `Adapter.check`."""
+        super().check(base_layer, r, **options)
+        if options.get("lora_bias"):
+            rule = "be False: DoRA has no bias to scale"
+            _checks.reject(ValueError, cls.__name__, "lora_bias", rule, True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch's; another base (`quantize_model` puts one in) has other norms."""
+        super().__setattr__(name, value)
+        if name == "base_layer" and "base_norm" in self._buffers:
+            self.invalidate()
 
     def _row_norms(self) -> torch.Tensor:
         """fp32 [N]: the norms of the base's weight alone."""

@@ -69,10 +69,16 @@ class LoRALinear(Adapter):
             rule = "be a torch.nn.Linear, NF4Linear or Conv1D"
             _checks.reject(TypeError, cls.__name__, "base_layer", rule, type(base_layer).__name__)
 
-    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        shape = self.base_weight.shape
-        N, K = reversed(shape) if self.transposed else shape
-        return (self.r, K), (N, self.r)
+    @classmethod
+    def shapes(cls, base_layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes that lora_A and lora_B have over a layer."""
+        if is_conv1d(base_layer):
+            weight = base_layer._parameters["weight"]
+            assert weight is not None
+            K, N = weight.shape
+            return (r, K), (N, r)
+        assert isinstance(base_layer, nn.Linear)
+        return (r, base_layer.in_features), (base_layer.out_features, r)
 
     @property
     def transposed(self) -> bool:
@@ -101,7 +107,7 @@ class LoRALinear(Adapter):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return y [..., N] in x's dtype for x [..., K]; see `feinwerk.lora_linear`."""
-        if self.merged:
+        if self._bare:
             y: torch.Tensor = self.base_layer(x)
             return y
         (weight, *tables), blocksize = self._tables()
@@ -157,7 +163,7 @@ class DoRALinear(DoRA, LoRALinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return y [..., N] in x's dtype for x [..., K]; see `feinwerk.dora_linear`."""
-        if self.merged:
+        if self._bare:
             y: torch.Tensor = self.base_layer(x)
             return y
         (weight, *tables), blocksize = self._tables()

@@ -51,6 +51,8 @@ class LoRAConv(Adapter):
         torch.Size([1, 8, 5, 5])
     """
 
+    unused = ("iterations",)
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -95,12 +97,14 @@ class LoRAConv(Adapter):
         conv: nn.Conv2d = base
         return conv
 
-    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        conv = self._conv
+    @classmethod
+    def shapes(cls, base_layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes that lora_A and lora_B have over a layer."""
+        conv: Any = base_layer
         ones = (1,) * len(conv.kernel_size)
         return (
-            (self.r, conv.in_channels, *conv.kernel_size),
-            (conv.out_channels, self.r // conv.groups, *ones),
+            (r, conv.in_channels, *conv.kernel_size),
+            (conv.out_channels, r // conv.groups, *ones),
         )
 
     def merged_weight(self) -> torch.Tensor:
@@ -136,7 +140,7 @@ class LoRAConv(Adapter):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return y [batch, N, ...] in the base's result dtype for x [batch, C, ...]."""
         y: torch.Tensor = self.base_layer(x)
-        if self.merged:
+        if self._bare:
             return y
         dropped = F.dropout(x, self.dropout, self.training)
         return (y + self._addition(dropped)).to(y.dtype)
@@ -190,7 +194,7 @@ class DoRAConv(DoRA, LoRAConv):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return y [batch, N, ...] in the base's result dtype for x [batch, C, ...]."""
         y: torch.Tensor = self.base_layer(x)
-        if self.merged:
+        if self._bare:
             return y
         norm = self._cached_norm()
         gain = self._gain_of(self.weight_norm() if norm is None else norm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class LoRAEmbedding(Adapter):
         r: rank.
         lora_alpha: scaling is lora_alpha / r.
         use_rslora: scaling is lora_alpha / sqrt(r) instead.
-        init: "default".
+        init: "default" or "gaussian", which are the same here.
         dtype: of the adapter's parameters.
 
     Raises:
@@ -47,7 +48,7 @@ class LoRAEmbedding(Adapter):
         torch.Size([1, 2, 64])
     """
 
-    inits = ("default",)
+    unused = ("dropout", "iterations")
 
     def __init__(
         self,
@@ -72,6 +73,13 @@ class LoRAEmbedding(Adapter):
         return self.base_layer
 
     @classmethod
+    def check(cls, base_layer: nn.Module, r: int, **options: Any) -> None:
+        """See `Adapter.check`."""
+        super().check(base_layer, r, **options)
+        if options.get("lora_bias"):
+            _checks.reject(ValueError, cls.__name__, "lora_bias", "be False", True)
+
+    @classmethod
     def _check_base(cls, base_layer: nn.Module) -> None:
         op = cls.__name__
         if type(base_layer) not in (nn.Embedding, NF4Embedding):
@@ -85,9 +93,11 @@ class LoRAEmbedding(Adapter):
             rule = "be False: the gradient of lora_A is not sparse"
             _checks.reject(ValueError, op, "sparse", rule, True)
 
-    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        V, D = self.base_weight.shape
-        return (self.r, V), (D, self.r)
+    @classmethod
+    def shapes(cls, base_layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes that lora_A and lora_B have over a layer."""
+        assert isinstance(base_layer, nn.Embedding)
+        return (r, base_layer.num_embeddings), (base_layer.embedding_dim, r)
 
     @property
     def transposed(self) -> bool:
@@ -110,7 +120,7 @@ class LoRAEmbedding(Adapter):
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the rows [..., D] in the base's dtype for int64 or int32 indices of any shape."""
         rows: torch.Tensor = self.base_layer(indices)
-        if self.merged:
+        if self._bare:
             return rows
         return (rows + self._addition(indices)).to(rows.dtype)
 
@@ -173,7 +183,7 @@ class DoRAEmbedding(DoRA, LoRAEmbedding):
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the rows [..., D] in the base's dtype for int64 or int32 indices of any shape."""
         rows: torch.Tensor = self.base_layer(indices)
-        if self.merged:
+        if self._bare:
             return rows
         norm = self._cached_norm()
         gain = self._gain_of(self.weight_norm() if norm is None else norm)
