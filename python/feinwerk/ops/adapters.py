@@ -343,7 +343,9 @@ def _sorted_rows(
     if adapter_index.shape != leading[: adapter_index.dim()]:
         rule = f"have shape {tuple(leading)} or ({leading[0] if leading else ''},)"
         _checks.reject(ValueError, op, "adapter_index", rule, tuple(adapter_index.shape))
-    index = adapter_index.reshape(*adapter_index.shape, *[1] * (len(leading) - adapter_index.dim()))
+    index = adapter_index.reshape(
+        [*adapter_index.shape, *[1] * (len(leading) - adapter_index.dim())]
+    )
     index = index.expand(leading).reshape(-1)
     if index.numel() and not (int(index.min()) >= -1 and int(index.max()) < count):
         rule = f"be in [-1, {count})"

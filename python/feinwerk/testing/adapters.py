@@ -145,7 +145,7 @@ class AdapterCase:
         if self.index is None:
             return torch.zeros(leading.numel(), dtype=torch.int64)
         missing = len(leading) - self.index.dim()
-        return self.index.reshape(*self.index.shape, *[1] * missing).expand(leading).reshape(-1)
+        return self.index.reshape([*self.index.shape, *[1] * missing]).expand(leading).reshape(-1)
 
     def dropout_factor(self) -> torch.Tensor:
         """What dropout multiplies x with, fp64 [M, K]: 0 or 1 / (1 - p)."""
@@ -256,7 +256,7 @@ def make_adapters(
         make_x((rows, N), dtype, seed=seed + 2),
         None if bias is None else normal(N).to(bias),
         None if lora_bias is None else normal(N).to(lora_bias),
-        None if index is None else torch.tensor(index),
+        None if index is None else torch.tensor(index, dtype=torch.int64),
         dropout_p,
         torch.tensor(123456789 + seed) if dropout_p > 0 else None,
         compute,
