@@ -126,6 +126,8 @@ def weight_norm(
     """
     for name, value in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
         _checks.tensor("weight_norm", name, value)
+    if absmax is None:
+        _checks.floating("weight_norm", "weight", weight)
     tables = (absmax, nested_absmax, nested_codebook, nested_offset)
     if dtype is None:
         dtype = weight.dtype if absmax is None else torch.float32
