@@ -125,13 +125,12 @@ def lora_linear_backward(
             grad_x = (gain * dy) @ W + drop(through_S, seed, dropout_p)
         else:
             grad_x = dy @ W + drop(((gain - 1) * dy) @ W + through_S, seed, dropout_p)
-    empty = rows.new_zeros(0)
     return (
-        grad_x.to(x.dtype).view(x.shape) if wants[0] else empty.to(x.dtype),
+        grad_x.to(x.dtype).view(x.shape) if wants[0] else x.new_zeros(0),
         grad_A if wants[1] else [],
         grad_B if wants[2] else [],
         grad_magnitude if wants[3] else [],
-        dy.sum(dim=0) if wants[4] else empty,
+        dy.sum(dim=0) if wants[4] else rows.new_zeros(0),
     )
 
 
