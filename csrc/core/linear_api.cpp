@@ -46,8 +46,7 @@ void check_adapter_sizes(const char* op, const Args& args) {
               "ascend from one adapter to the next and stay in [0, " + std::to_string(args.m) + "]",
               std::to_string(adapter.row_begin) + " and " + std::to_string(adapter.row_end));
     end = adapter.row_end;
-    if (adapter.r > args.s_cols)
-      invalid(op, "s_cols", "be at least every r", args.s_cols);
+    if (adapter.r > args.s_cols) invalid(op, "s_cols", "be at least every r", args.s_cols);
   }
 }
 
@@ -128,8 +127,7 @@ class Forward {
     if (args_.weight.nf4.rows == 0) return;
     std::vector<feinwerk_adapter> known;
     if (apart_) {
-      run_product(norms_, norms_plan_, executor, workspace, table_.linear_pack,
-                  table_.linear_unit);
+      run_product(norms_, norms_plan_, executor, workspace, table_.linear_pack, table_.linear_unit);
       known.assign(args_.adapters, args_.adapters + args_.adapter_count);
       for (feinwerk_adapter& adapter : known) adapter.weight_norm_known = 1;
       args_.adapters = known.data();
@@ -179,8 +177,7 @@ LinearBackwardArgs plain_args(const feinwerk_nf4_linear_backward_args& args) {
 // magnitude once more where the output does not give it, then dX.
 class Backward {
  public:
-  explicit Backward(const feinwerk_lora_linear_backward_args& args)
-      : table_(active_table()) {
+  explicit Backward(const feinwerk_lora_linear_backward_args& args) : table_(active_table()) {
     static_cast<feinwerk_lora_linear_backward_args&>(args_) = args;
     bool magnitudes = false;
     for (int64_t e = 0; e < args.adapter_count; ++e) {
@@ -236,9 +233,7 @@ class Backward {
   }
 
  private:
-  int64_t ds_bytes() const {
-    return needs_ds_ ? ceil_div(args_.m * args_.s_cols * 4, 64) * 64 : 0;
-  }
+  int64_t ds_bytes() const { return needs_ds_ ? ceil_div(args_.m * args_.s_cols * 4, 64) * 64 : 0; }
   void clear_magnitudes() {
     for (int64_t e = 0; e < args_.adapter_count; ++e)
       if (float* const grad = args_.adapters[e].grad_magnitude)

@@ -13,10 +13,10 @@ namespace {
 using Args = LinearBackwardArgs;
 
 constexpr int64_t kColumns = 256;  // of x or dY a unit
-constexpr int64_t kOuterBytes =
-    (kColumns / kWidth * lane_stride(Fp32Engine::kDepth) + kRankRows * (Fp32Engine::kDepth + kColumns)) *
-        4 +
-    kColumns * 4;
+constexpr int64_t kOuterBytes = (kColumns / kWidth * lane_stride(Fp32Engine::kDepth) +
+                                 kRankRows * (Fp32Engine::kDepth + kColumns)) *
+                                    4 +
+                                kColumns * 4;
 
 int64_t column_units(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
 bool needs_sums(const Args& args) {
@@ -158,7 +158,8 @@ void adapter_rows(const Args& args, int64_t unit, uint8_t* scratch) {
       const feinwerk_adapter& adapter = *piece.adapter;
       const auto gain = [&](int64_t i) { return gain_of(adapter, i); };
       shrink<Dtype>(dy, rows, n, adapter.r, nullptr, m,
-                    column_panels(adapter.lora_B, adapter.r, adapter.scaling, gain), scratch, lanes);
+                    column_panels(adapter.lora_B, adapter.r, adapter.scaling, gain), scratch,
+                    lanes);
       for (int64_t lane = piece.begin; lane < piece.end; ++lane)
         for (int64_t j = 0; j < adapter.r; ++j)
           args.ds[(m + lane) * args.s_cols + j] = lanes[j * kWidth + lane];

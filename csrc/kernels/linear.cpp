@@ -197,38 +197,39 @@ void finish_panel(const LinearArgs& args, int64_t row, int64_t rows, int64_t n, 
   const int64_t n_all = args.weight.nf4.rows;
   float bias[kPanelRows + kWidth] = {}, gain[kPanelRows + kWidth] = {};
   if (args.bias) read_floats(args.bias, args.bias_dtype, n, n_rows, bias);
-  for_each_span(args, row, rows, [&](int64_t first, int64_t count, const feinwerk_adapter* adapter) {
-    const bool dora = adapter && is_dora(*adapter);
-    if (args.grad_y && !(dora && adapter->grad_magnitude)) return;
-    for (int64_t i = 0; dora && i < n_rows; ++i) {
-      gain[i] = gain_of(*adapter, n + i);
-      if (dropped_lane) gain[i] = (gain[i] - 1) * args.dropout.keep_scale;
-    }
-    const auto at = [&](const void* p, int64_t m, int64_t i) {
-      return (row + m) * n_all + n + i + static_cast<const Element*>(p);
-    };
-    if (args.grad_y) {
-      // Sums over rows of grad_y times what the gain multiplies.
-      float sums[kPanelRows + kWidth] = {};
-      for_each_row(c, c_stride, n_rows, first, count, 0, [&](int64_t m, int64_t i, F v, F) {
-        const F dy = read_part<Dtype>(at(args.grad_y, m, i), n_rows - i);
-        store(sums + i, fma(dy, v, load(sums + i)));
+  for_each_span(
+      args, row, rows, [&](int64_t first, int64_t count, const feinwerk_adapter* adapter) {
+        const bool dora = adapter && is_dora(*adapter);
+        if (args.grad_y && !(dora && adapter->grad_magnitude)) return;
+        for (int64_t i = 0; dora && i < n_rows; ++i) {
+          gain[i] = gain_of(*adapter, n + i);
+          if (dropped_lane) gain[i] = (gain[i] - 1) * args.dropout.keep_scale;
+        }
+        const auto at = [&](const void* p, int64_t m, int64_t i) {
+          return (row + m) * n_all + n + i + static_cast<const Element*>(p);
+        };
+        if (args.grad_y) {
+          // Sums over rows of grad_y times what the gain multiplies.
+          float sums[kPanelRows + kWidth] = {};
+          for_each_row(c, c_stride, n_rows, first, count, 0, [&](int64_t m, int64_t i, F v, F) {
+            const F dy = read_part<Dtype>(at(args.grad_y, m, i), n_rows - i);
+            store(sums + i, fma(dy, v, load(sums + i)));
+          });
+          const float scale = has_dropped_product(args) ? args.dropout.keep_scale : 1.0f;
+          for (int64_t i = 0; i < n_rows; ++i) {
+            const float norm = adapter->weight_norm[n + i];
+            if (norm != 0) adapter->grad_magnitude[n + i] += sums[i] * scale / norm;
+          }
+          return;
+        }
+        const int64_t other = dora ? dropped_lane : 0;
+        for_each_row(c, c_stride, n_rows, first, count, other, [&](int64_t m, int64_t i, F v, F w) {
+          if (other) v = fma(w, load(gain + i), v);
+          if (dora && !other) v = mul(v, load(gain + i));
+          if (args.bias) v = add(v, load(bias + i));
+          write_part<Dtype>(const_cast<Element*>(at(args.y, m, i)), n_rows - i, v);
+        });
       });
-      const float scale = has_dropped_product(args) ? args.dropout.keep_scale : 1.0f;
-      for (int64_t i = 0; i < n_rows; ++i) {
-        const float norm = adapter->weight_norm[n + i];
-        if (norm != 0) adapter->grad_magnitude[n + i] += sums[i] * scale / norm;
-      }
-      return;
-    }
-    const int64_t other = dora ? dropped_lane : 0;
-    for_each_row(c, c_stride, n_rows, first, count, other, [&](int64_t m, int64_t i, F v, F w) {
-      if (other) v = fma(w, load(gain + i), v);
-      if (dora && !other) v = mul(v, load(gain + i));
-      if (args.bias) v = add(v, load(bias + i));
-      write_part<Dtype>(const_cast<Element*>(at(args.y, m, i)), n_rows - i, v);
-    });
-  });
 }
 
 template <class Engine, class Dtype>
@@ -267,17 +268,18 @@ void product_unit(const LinearArgs& args, int64_t row, int64_t rows, int64_t uni
     add_to(0, args.grad_y ? part : 1.0f);
     if (layout.dropped) add_to(layout.dropped, part);
   });
-  layout.for_each_norm(args, [&](const feinwerk_adapter& adapter, int64_t group, int64_t offset,
-                                 int64_t stride) {
-    const auto* gram = reinterpret_cast<const float*>(shared) + offset;
-    const int64_t low = lane_groups(adapter.r) * kWidth;
-    for (int64_t i = 0; i < n_rows; ++i) {
-      const float* const u = c + i * c_stride + group * kWidth;
-      adapter.weight_norm[n + i] =
-          norm_of(adapter, n + i, u, Engine::kPair == 1 ? nullptr : u + low, gram, stride);
-    }
-  });
-  if (rows > 0) finish_panel<Dtype>(args, row, rows, n, n_rows, c, c_stride, layout.dropped * kWidth);
+  layout.for_each_norm(
+      args, [&](const feinwerk_adapter& adapter, int64_t group, int64_t offset, int64_t stride) {
+        const auto* gram = reinterpret_cast<const float*>(shared) + offset;
+        const int64_t low = lane_groups(adapter.r) * kWidth;
+        for (int64_t i = 0; i < n_rows; ++i) {
+          const float* const u = c + i * c_stride + group * kWidth;
+          adapter.weight_norm[n + i] =
+              norm_of(adapter, n + i, u, Engine::kPair == 1 ? nullptr : u + low, gram, stride);
+        }
+      });
+  if (rows > 0)
+    finish_panel<Dtype>(args, row, rows, n, n_rows, c, c_stride, layout.dropped * kWidth);
 }
 
 }  // namespace
@@ -306,8 +308,8 @@ void linear_pack(const LinearArgs& args, int64_t row, int64_t rows, int64_t unit
   const auto adapters = [&](int64_t group, int64_t t) {
     if (args.adapter_count > 0)
       with_dtype(args.dtype, [&](auto dtype) {
-        pack_adapters<decltype(dtype)>(args, row, rows, group,
-                                       reinterpret_cast<float*>(shared + t), scratch);
+        pack_adapters<decltype(dtype)>(args, row, rows, group, reinterpret_cast<float*>(shared + t),
+                                       scratch);
       });
   };
   if (path == Path::kVector) {
@@ -340,8 +342,8 @@ void linear_pack(const LinearArgs& args, int64_t row, int64_t rows, int64_t unit
       const auto* x = static_cast<const typename Dtype::Element*>(args.x) + (row + m) * cols;
       const int64_t count = min64(kWidth, rows - m);
       const bool only_dropped = args.grad_y && has_dropped_product(args);
-      pack_group<Dtype>(engine, x, cols, count, only_dropped ? &args.dropout : nullptr, row + m, unit,
-                        layout.groups, shared, scratch);
+      pack_group<Dtype>(engine, x, cols, count, only_dropped ? &args.dropout : nullptr, row + m,
+                        unit, layout.groups, shared, scratch);
       if (layout.dropped)
         pack_group<Dtype>(engine, x, cols, count, &args.dropout, row + m, layout.dropped + unit,
                           layout.groups, shared, scratch);
@@ -349,13 +351,13 @@ void linear_pack(const LinearArgs& args, int64_t row, int64_t rows, int64_t unit
     }
     // The last chunk has fewer rows than the plan's, and only the first one has norms.
     const int64_t part = unit - layout.x_groups;
-    layout.for_each_norm(args, [&](const feinwerk_adapter& adapter, int64_t group, int64_t offset,
-                                   int64_t stride) {
-      const int64_t own = part - (group - layout.norms);
-      if (own >= 0 && own < Layout<Engine>::norm_groups(adapter))
-        pack_norm(engine, adapter, cols, own, group, layout.groups,
-                  reinterpret_cast<float*>(shared) + offset, stride, shared, scratch);
-    });
+    layout.for_each_norm(
+        args, [&](const feinwerk_adapter& adapter, int64_t group, int64_t offset, int64_t stride) {
+          const int64_t own = part - (group - layout.norms);
+          if (own >= 0 && own < Layout<Engine>::norm_groups(adapter))
+            pack_norm(engine, adapter, cols, own, group, layout.groups,
+                      reinterpret_cast<float*>(shared) + offset, stride, shared, scratch);
+        });
   });
 }
 

@@ -84,8 +84,8 @@ inline void scale_units(PairEngine, const uint16_t* p, int64_t count, const floa
                         uint32_t* a) {
   auto* const to = reinterpret_cast<uint16_t*>(a);
   for (int64_t i = 0; i < 2 * kWidth; i += kWidth)
-    store_bf16(to + i, count > i ? mul(read_part<Bfloat16>(p + i, count - i), load(factor + i))
-                                 : zero());
+    store_bf16(to + i,
+               count > i ? mul(read_part<Bfloat16>(p + i, count - i), load(factor + i)) : zero());
 }
 #endif
 
@@ -104,15 +104,16 @@ void pack_block(Engine engine, const Args& args, int64_t row, int64_t rows, int6
       }
   };
   pack_rows<Dtype>(engine, dy, n_cols, rows, n_cols - n, depth, a);
-  for_each_span(args, row, rows, [&](int64_t first, int64_t count, const feinwerk_adapter* adapter) {
-    const bool dora = adapter && is_dora(*adapter);
-    if (!dora && copies == 1) return;
-    float factor[Engine::kDepth * Engine::kPair] = {};
-    const int64_t size = min64(depth * Engine::kPair, n_cols - n);
-    for (int64_t i = 0; dora && i < size; ++i)
-      factor[i] = gain_of(*adapter, n + i) - (copies == 2 ? 1.0f : 0.0f);
-    scaled(first, count, copies == 2 ? rows + first : first, factor);
-  });
+  for_each_span(args, row, rows,
+                [&](int64_t first, int64_t count, const feinwerk_adapter* adapter) {
+                  const bool dora = adapter && is_dora(*adapter);
+                  if (!dora && copies == 1) return;
+                  float factor[Engine::kDepth * Engine::kPair] = {};
+                  const int64_t size = min64(depth * Engine::kPair, n_cols - n);
+                  for (int64_t i = 0; dora && i < size; ++i)
+                    factor[i] = gain_of(*adapter, n + i) - (copies == 2 ? 1.0f : 0.0f);
+                  scaled(first, count, copies == 2 ? rows + first : first, factor);
+                });
   if (copies == 2)  // up to whole tiles
     for (int64_t r = 2 * rows; r < padded<Engine>(2 * rows); ++r)
       for (int64_t t = 0; t < depth; t += kWidth)
@@ -158,9 +159,9 @@ void linear_backward_pack(const Args& args, int64_t row, int64_t rows, int64_t u
     using Engine = decltype(engine);
     const Depth<Engine> depth(args.weight.nf4.rows);
     const int64_t t = depth.begin(unit);
-    pack_block<decltype(dtype)>(
-        engine, args, row, rows, t * Engine::kPair, depth.size(unit),
-        reinterpret_cast<typename Engine::Unit*>(shared) + t * padded<Engine>(rows * copies_of(args)));
+    pack_block<decltype(dtype)>(engine, args, row, rows, t * Engine::kPair, depth.size(unit),
+                                reinterpret_cast<typename Engine::Unit*>(shared) +
+                                    t * padded<Engine>(rows * copies_of(args)));
   });
 }
 
@@ -195,8 +196,8 @@ void linear_backward_unit(const Args& args, int64_t row, int64_t rows, int64_t u
           const NextLanes next = i + cut.slab < cols ? NextLanes{n, k + i + cut.slab}
                                                      : NextLanes{n + size * Engine::kPair, k};
           decode_lanes<Dtype>(engine, w, n, size, k + i, lanes, next, b);
-          multiply(engine, a + t * c_rows, c_rows, b, lane_stride(size), lanes / kWidth, size, c + i,
-                   cut.unit, block == 0 && !adapters);
+          multiply(engine, a + t * c_rows, c_rows, b, lane_stride(size), lanes / kWidth, size,
+                   c + i, cut.unit, block == 0 && !adapters);
         }
     }
     for (int64_t m = 0; m < rows; ++m) {

@@ -19,8 +19,7 @@ ProductPlan vector_plan(const LinearArgs& args, int64_t packed_row_bytes) {
   plan.chunk_rows = kGemvRows;
   plan.pack_units = 1;
   plan.units = (args.weight.nf4.rows + gemv_unit(args.weight.nf4) - 1) / gemv_unit(args.weight.nf4);
-  plan.shared_bytes =
-      vector_t(packed_row_bytes) + round_up(t_floats(args, kGemvRows) * 4, 64);
+  plan.shared_bytes = vector_t(packed_row_bytes) + round_up(t_floats(args, kGemvRows) * 4, 64);
   plan.scratch_bytes = max64(round_up(kGemvGroup * scale_stride(args.weight.nf4) * 4, 64),
                              args.adapter_count > 0 ? kShrinkBytes : 0);
   return plan;
@@ -72,8 +71,8 @@ void vector_tiles(int64_t cols, const VectorRows& rows, int64_t r, const Packed*
   if constexpr (n_rows > 1) vector_tiles<1, m_rows>(cols, rows, r, x, out);
 }
 
-// Adds the adapters, scales by DoRA's gain, adds the bias and writes; out[m][i]: y[row + m][rows.n +
-// i] before all that, t: the lanes of for_each_piece.
+// Adds the adapters, scales by DoRA's gain, adds the bias and writes; out[m][i]: y[row + m][rows.n
+// + i] before all that, t: the lanes of for_each_piece.
 template <class Dtype>
 void finish_vector(const LinearArgs& args, int64_t row, int64_t m_rows, const VectorRows& rows,
                    float* out, const float* t) {
@@ -92,9 +91,9 @@ void finish_vector(const LinearArgs& args, int64_t row, int64_t m_rows, const Ve
         const int64_t size = min64(kWidth, adapter.r - j);
         F b[kWidth];
         for (int64_t l = 0; l < kWidth; ++l)
-          b[l] = i + l < rows.count ? read_part<Float32>(
-                                          adapter.lora_B + (rows.n + i + l) * adapter.r + j, size)
-                                    : zero();
+          b[l] = i + l < rows.count
+                     ? read_part<Float32>(adapter.lora_B + (rows.n + i + l) * adapter.r + j, size)
+                     : zero();
         transpose(b);
         for (int64_t m = piece.begin; m < piece.end; ++m) {
           float* const y = out + m * kGemvGroup + i;
@@ -124,8 +123,8 @@ void finish_vector(const LinearArgs& args, int64_t row, int64_t m_rows, const Ve
 }
 
 template <class Dtype>
-void vector_unit(const LinearArgs& args, int64_t row, int64_t m_rows, int64_t unit, const uint8_t* shared,
-                 uint8_t* scratch) {
+void vector_unit(const LinearArgs& args, int64_t row, int64_t m_rows, int64_t unit,
+                 const uint8_t* shared, uint8_t* scratch) {
   const int64_t cols = args.weight.nf4.cols;
   const auto* x = reinterpret_cast<const typename Dtype::Element*>(shared);
   const auto* t = reinterpret_cast<const float*>(
@@ -145,8 +144,8 @@ void vector_unit(const LinearArgs& args, int64_t row, int64_t m_rows, int64_t un
   });
 }
 
-void int8_unit(const LinearArgs& args, int64_t row, int64_t m_rows, int64_t unit, const uint8_t* shared,
-               uint8_t* scratch) {
+void int8_unit(const LinearArgs& args, int64_t row, int64_t m_rows, int64_t unit,
+               const uint8_t* shared, uint8_t* scratch) {
   const int64_t cols = args.weight.nf4.cols;
   const auto* t = reinterpret_cast<const float*>(shared + vector_t(int8_row_bytes(cols)));
   for_each_group(args.weight.nf4, unit, scratch, [&](const VectorRows& rows) {
@@ -169,8 +168,9 @@ void int8_unit(const LinearArgs& args, int64_t row, int64_t m_rows, int64_t unit
         tile(part);
       }
     }
-    with_dtype(args.dtype,
-               [&](auto dtype) { finish_vector<decltype(dtype)>(args, row, m_rows, rows, out, t); });
+    with_dtype(args.dtype, [&](auto dtype) {
+      finish_vector<decltype(dtype)>(args, row, m_rows, rows, out, t);
+    });
   });
 }
 

@@ -13,6 +13,7 @@ namespace feinwerk {
 namespace {
 
 constexpr int64_t kRankRows = 64;  // rows of A at once
+constexpr int64_t kFewRows = 4;    // rows of x that need no packing
 constexpr int64_t kShrinkDepth = Fp32Engine::kDepth;
 
 // A panel of A: a[j * kDepth + t], rows [j, j + rows) and columns [k, k + size) of [r, length].
@@ -50,6 +51,44 @@ void shrink(const typename Dtype::Element* x, int64_t rows, int64_t length, int6
     }
 }
 
+// The same sums for `rows` rows of x, few enough for their accumulators, straight from A [r,
+// length].
+template <class Dtype, int rows, int n_ranks = 4>
+void dot_rows(const typename Dtype::Element* x, int64_t length, const float* A, int64_t j,
+              int64_t r, float* out) {
+  for (; j + n_ranks <= r; j += n_ranks) {
+    F sums[n_ranks][rows];
+    for (auto& rank : sums)
+      for (F& sum : rank) sum = zero();
+    for (int64_t k = 0; k < length; k += kWidth) {
+      F lanes[rows];
+#pragma GCC unroll 4
+      for (int m = 0; m < rows; ++m) lanes[m] = read_part<Dtype>(x + m * length + k, length - k);
+#pragma GCC unroll 4
+      for (int i = 0; i < n_ranks; ++i) {
+        const F a = read_part<Float32>(A + (j + i) * length + k, length - k);
+#pragma GCC unroll 4
+        for (int m = 0; m < rows; ++m) sums[i][m] = fma(a, lanes[m], sums[i][m]);
+      }
+    }
+    for (int i = 0; i < n_ranks; ++i)
+      for (int m = 0; m < rows; ++m) out[(j + i) * kWidth + m] = reduce_add(sums[i][m]);
+  }
+  if constexpr (n_ranks > 1) dot_rows<Dtype, rows, 1>(x, length, A, j, r, out);
+}
+template <class Dtype>
+void dot_few_rows(const typename Dtype::Element* x, int64_t rows, int64_t length, const float* A,
+                  int64_t r, float* out) {
+  if (rows == 1)
+    dot_rows<Dtype, 1>(x, length, A, 0, r, out);
+  else if (rows == 2)
+    dot_rows<Dtype, 2>(x, length, A, 0, r, out);
+  else if (rows == 3)
+    dot_rows<Dtype, 3>(x, length, A, 0, r, out);
+  else
+    dot_rows<Dtype, 4>(x, length, A, 0, r, out);
+}
+
 // Panels of a row-major matrix [.., length].
 inline auto row_panels(const float* A, int64_t length) {
   return [=](int64_t j, int64_t rows, int64_t k, int64_t size, Panel a) {
@@ -66,10 +105,9 @@ auto column_panels(const float* B, int64_t r, float scale, const Gain& gain) {
       for (int64_t i = 0; i < rows; i += kWidth) {
         F block[kWidth];
         for (int64_t l = 0; l < kWidth; ++l)
-          block[l] = t + l < size
-                         ? mul(read_part<Float32>(B + (k + t + l) * r + j + i, rows - i),
-                               set1(scale * gain(k + t + l)))
-                         : zero();
+          block[l] = t + l < size ? mul(read_part<Float32>(B + (k + t + l) * r + j + i, rows - i),
+                                        set1(scale * gain(k + t + l)))
+                                  : zero();
         transpose(block);
         for (int64_t l = 0; l < min64(kWidth, rows - i); ++l)
           store(a + (i + l) * kShrinkDepth + t, block[l]);
@@ -164,9 +202,12 @@ void pack_adapters(const LinearArgs& args, int64_t row, int64_t rows, int64_t gr
     const feinwerk_adapter& adapter = *piece.adapter;
     float* const to = t + piece.t + (group - piece.group) * adapter.r * kWidth;
     const bool dropping = drops(args.dropout);
-    if (!args.grad_y)
-      shrink<Dtype>(x, min64(kWidth, rows - m), cols, adapter.r, dropping ? &args.dropout : nullptr,
-                    row + m, row_panels(adapter.lora_A, cols), scratch, to);
+    const int64_t count = min64(kWidth, rows - m);
+    if (!args.grad_y && count <= kFewRows && !dropping)
+      dot_few_rows<Dtype>(x, count, cols, adapter.lora_A, adapter.r, to);
+    else if (!args.grad_y)
+      shrink<Dtype>(x, count, cols, adapter.r, dropping ? &args.dropout : nullptr, row + m,
+                    row_panels(adapter.lora_A, cols), scratch, to);
     const float keep_scale = dropping ? args.dropout.keep_scale : 1.0f;
     for (int64_t lane = 0; lane < kWidth; ++lane) {
       const bool inside = m + lane >= piece.begin && m + lane < piece.end;

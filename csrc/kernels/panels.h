@@ -88,8 +88,8 @@ inline void prefetch_weight(const feinwerk_weight& w, int64_t begin, int64_t end
   for (int64_t byte = begin * size; byte < end * size; byte += 64) __builtin_prefetch(at + byte);
 }
 
-// Elements [begin, end) of W in fp32, rounded to Dtype, for a kernel's panel: kWidth floats at at(i)
-// for i = 0, kWidth, ... below `total`, zeros past the end.
+// Elements [begin, end) of W in fp32, rounded to Dtype, for a kernel's panel: kWidth floats at
+// at(i) for i = 0, kWidth, ... below `total`, zeros past the end.
 template <class Dtype, class Address>
 inline void weight_row(const feinwerk_weight& w, int64_t begin, int64_t end, int64_t total,
                        const Address& at) {
@@ -168,8 +168,8 @@ constexpr int64_t lane_stride(int64_t depth) { return (depth + 1) * kWidth; }
 
 // B from rows of W: lanes are `lanes` columns from k on, the contraction runs over rows n + t.
 template <class Dtype>
-inline void decode_lanes(Fp32Engine, const feinwerk_weight& w, int64_t n, int64_t depth,
-                         int64_t k, int64_t lanes, NextLanes next, float* b) {
+inline void decode_lanes(Fp32Engine, const feinwerk_weight& w, int64_t n, int64_t depth, int64_t k,
+                         int64_t lanes, NextLanes next, float* b) {
   const int64_t end = min64(w.nf4.cols, k + lanes);
   for (int64_t t = 0; t < depth; ++t) {
     const auto at = [=](int64_t i) { return b + i / kWidth * lane_stride(depth) + t * kWidth; };
@@ -182,8 +182,8 @@ inline void decode_lanes(Fp32Engine, const feinwerk_weight& w, int64_t n, int64_
 }
 #if defined(FEINWERK_BF16_DOT)
 template <class Dtype>
-inline void decode_lanes(PairEngine, const feinwerk_weight& w, int64_t n, int64_t depth,
-                         int64_t k, int64_t lanes, NextLanes next, uint32_t* b) {
+inline void decode_lanes(PairEngine, const feinwerk_weight& w, int64_t n, int64_t depth, int64_t k,
+                         int64_t lanes, NextLanes next, uint32_t* b) {
   // Word 2 i of a result is word i of the even row, word 2 i + 1 that of the odd row.
   alignas(64) static constexpr uint16_t kFirst[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                       37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,

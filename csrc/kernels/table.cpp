@@ -5,19 +5,9 @@ namespace feinwerk {
 namespace FEINWERK_ISA_NAME {
 
 extern const KernelTable kTable = {
-    nf4_quantize,
-    nf4_dequantize,
-    blockwise_quantize,
-    blockwise_dequantize,
-    linear_plan,
-    linear_pack,
-    linear_unit,
-    linear_backward_plan,
-    linear_backward_pack,
-    linear_backward_unit,
-    adapter_plan,
-    adapter_rows,
-    adapter_columns,
+    nf4_quantize, nf4_dequantize, blockwise_quantize,   blockwise_dequantize, linear_plan,
+    linear_pack,  linear_unit,    linear_backward_plan, linear_backward_pack, linear_backward_unit,
+    adapter_plan, adapter_rows,   adapter_columns,
 };
 
 }  // namespace FEINWERK_ISA_NAME

@@ -243,30 +243,30 @@ PYBIND11_MODULE(_C, m) {
     args.out_count = out_count;
     run(feinwerk_nf4_embedding, args, threads);
   });
-  m.def("lora_linear", [](const py::tuple& weight, Address x, Address y, int dtype, int64_t rows,
-                          Address bias, int bias_dtype, int compute, const py::list& adapters,
-                          Address s, int64_t s_cols, uint64_t seed, uint32_t drop_below,
-                          float keep_scale, Address workspace, int64_t workspace_bytes,
-                          int64_t threads) {
-    const auto list = adapters_of(adapters);
-    feinwerk_lora_linear_args args = {};
-    args.weight = base_of(weight);
-    args.x = at<const void>(x);
-    args.y = at<void>(y);
-    args.dtype = dtype_of(dtype);
-    args.m = rows;
-    args.bias = at<const void>(bias);
-    args.bias_dtype = dtype_of(bias_dtype);
-    args.compute = static_cast<feinwerk_compute>(compute);
-    args.adapters = list.data();
-    args.adapter_count = static_cast<int64_t>(list.size());
-    args.s = at<float>(s);
-    args.s_cols = s_cols;
-    args.dropout = dropout_of(seed, drop_below, keep_scale);
-    args.workspace = at<void>(workspace);
-    args.workspace_bytes = workspace_bytes;
-    return run_or_size(feinwerk_lora_linear, feinwerk_lora_linear_workspace, args, threads);
-  });
+  m.def("lora_linear",
+        [](const py::tuple& weight, Address x, Address y, int dtype, int64_t rows, Address bias,
+           int bias_dtype, int compute, const py::list& adapters, Address s, int64_t s_cols,
+           uint64_t seed, uint32_t drop_below, float keep_scale, Address workspace,
+           int64_t workspace_bytes, int64_t threads) {
+          const auto list = adapters_of(adapters);
+          feinwerk_lora_linear_args args = {};
+          args.weight = base_of(weight);
+          args.x = at<const void>(x);
+          args.y = at<void>(y);
+          args.dtype = dtype_of(dtype);
+          args.m = rows;
+          args.bias = at<const void>(bias);
+          args.bias_dtype = dtype_of(bias_dtype);
+          args.compute = static_cast<feinwerk_compute>(compute);
+          args.adapters = list.data();
+          args.adapter_count = static_cast<int64_t>(list.size());
+          args.s = at<float>(s);
+          args.s_cols = s_cols;
+          args.dropout = dropout_of(seed, drop_below, keep_scale);
+          args.workspace = at<void>(workspace);
+          args.workspace_bytes = workspace_bytes;
+          return run_or_size(feinwerk_lora_linear, feinwerk_lora_linear_workspace, args, threads);
+        });
   m.def("lora_linear_backward",
         [](const py::tuple& weight, Address grad_y, Address x, Address y, int dtype, int64_t rows,
            Address bias, int bias_dtype, const py::list& adapters, Address s, int64_t s_cols,

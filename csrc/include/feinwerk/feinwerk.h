@@ -178,7 +178,7 @@ typedef struct feinwerk_lora_linear_args {
   feinwerk_compute compute;
   const feinwerk_adapter* adapters;
   int64_t adapter_count;
-  float* s;       /* [m, s_cols]: dropout(x) @ lora_A^T, rows of an adapter in its first r columns */
+  float* s; /* [m, s_cols]: dropout(x) @ lora_A^T, rows of an adapter in its first r columns */
   int64_t s_cols; /* at least every r */
   feinwerk_dropout dropout;
   void* workspace; /* 64-byte aligned, feinwerk_lora_linear_workspace() bytes */

@@ -34,6 +34,8 @@ class _Base:
 
 
 def _floats(tensor: Tensor) -> Tensor:
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
     return tensor.detach().to(torch.float32).contiguous()
 
 
