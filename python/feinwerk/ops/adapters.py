@@ -161,6 +161,10 @@ def dora_linear(
     N, K = _sizes(op, lora_A, lora_B)
     if magnitude.dim() != 1 or magnitude.shape[0] != N:
         _checks.reject(ValueError, op, "magnitude", f"have shape ({N},)", tuple(magnitude.shape))
+    if weight_norm is not None and weight_norm.shape != (N,):
+        _checks.reject(
+            ValueError, op, "weight_norm", f"have shape ({N},)", tuple(weight_norm.shape)
+        )
     if base_norm is None and weight_norm is None:
         base_norm = row_norms(*tables, shape=(N, K), blocksize=blocksize)
     return adapted_linear(

@@ -36,8 +36,8 @@ def norm_truth(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ||W + scaling B A|| row by row in fp64, factored, and the error that is allowed.
 
-    The square is a sum of products, n0^2 + change, and is off by at most 4 sqrt(K + r) 2^-24 times
-    the sum of their sizes; what that does to the root is |d| / n, and never more than sqrt(|d|).
+    The square is a sum of products, n0^2 + change, and is off by at most d = 4 sqrt(K + r) 2^-24
+    times the sum of their sizes; the root is then off by at most d / (n + sqrt(n^2 - d)).
 
     Args:
         weight: W~ [N, K], in the dtype that the op rounds it to.
@@ -65,7 +65,8 @@ def norm_truth(
     error = 4 * math.sqrt(sum(A.shape)) * U * (n0 * n0 + cross + square)
     if split:
         error = error + BF16_SPLIT * cross
-    return truth, torch.minimum(torch.where(truth > 0, error / truth, math.inf), error.sqrt())
+    root = truth + (truth * truth - error).clamp(min=0).sqrt()
+    return truth, torch.where(root > 0, error / root, error.sqrt())
 
 
 def gains(
@@ -109,45 +110,33 @@ def _formula(
     return y
 
 
-def _mix(
-    kind: str, gain: torch.Tensor, exact: torch.Tensor, relative: torch.Tensor, dropout: bool
-) -> Mix:
+def _mix(kind: str, gain: torch.Tensor, exact: torch.Tensor, dropout: bool) -> Mix:
     """A DoRA adapter's k0, k1, k2; `gain` is the leaf that they are differentiated for."""
-    if kind == "error":
-        part = gain * relative
-        return (0.0, part, part) if dropout else (part, 0.0, part)
     if not dropout:
         return (gain, 0.0, gain)
     offset = -1.0 if kind == "value" else ((exact - 1).abs() - exact.abs()).to(gain.dtype)
     return (1.0, gain + offset, gain)
 
 
-def _differentiated(
-    case: AdapterCase, dtype: torch.dtype, kind: str, split: bool = False
-) -> dict[str, torch.Tensor]:
-    """Return y and its gradients by name, in dtype; the kinds are these.
+def _differentiated(case: AdapterCase, dtype: torch.dtype, kind: str) -> dict[str, torch.Tensor]:
+    """Return y and its gradients by name, in dtype, in one of two kinds.
 
     value   the formula itself
     size    the formula of absolute values: each result is the sum of |terms| of the exact one
-    error   the part of it that a gain multiplies, times the gain's relative error
     """
     plain = kind == "value"
     leaves = {n: t.to(dtype) if plain else t.to(dtype).abs() for n, t in case.leaves().items()}
-    if kind == "error":
-        leaves = {n: t for n, t in leaves.items() if n not in ("bias", "lora_bias")}
-    found = gains(case, split)
+    found = gains(case)
     for i, one in enumerate(found):
         if one is not None:
             leaves[f"magnitude{i}"] = (one[2] if plain else one[2].abs()).to(dtype)
     for leaf in leaves.values():
         leaf.requires_grad_()
-    lora: Mix = (0.0, 0.0, 0.0) if kind == "error" else (1.0, 0.0, 1.0)
-    mixes = {-1: lora}
+    mixes: dict[int, Mix] = {-1: (1.0, 0.0, 1.0)}
     for i, one in enumerate(found):
-        mixes[i] = lora
+        mixes[i] = mixes[-1]
         if one is not None:
-            gain, dropout = leaves[f"magnitude{i}"], case.dropout_p > 0
-            mixes[i] = _mix(kind, gain, one[2], one[1], dropout)
+            mixes[i] = _mix(kind, leaves[f"magnitude{i}"], one[2], case.dropout_p > 0)
     scalings = [one.s if plain else abs(one.s) for one in case.adapters]
     W = case.dense(case.x.dtype).to(dtype)
     y = _formula(case, leaves, W if plain else W.abs(), mixes, scalings)
@@ -162,6 +151,31 @@ def _differentiated(
             inverse = torch.where(one[0] > 0, 1 / one[0], 0.0)
             result[f"magnitude{i}"] = (result[f"magnitude{i}"] * inverse).to(dtype)
     return {"y": y.detach().reshape(*case.x.shape[:-1], case.N), **result}
+
+
+def _gain_error(case: AdapterCase, split: bool) -> dict[str, torch.Tensor]:
+    """What the error of the norms does to each result: output by output, never cancelling."""
+    W, factor, rows = case.dense(case.x.dtype).double(), case.dropout_factor(), case.rows_of()
+    dropped = case.x.reshape(-1, case.K).double() * factor
+    dy = case.grad_y.reshape(-1, case.N).double()
+    found = {"y": torch.zeros_like(dy), "x": torch.zeros_like(dropped)}
+    for i, (one, gain) in enumerate(zip(case.adapters, gains(case, split), strict=True)):
+        if gain is None:
+            continue
+        mine = rows == i
+        norm, relative, exact = gain
+        off, A, B = relative * exact.abs(), one.A.double(), one.B.double()
+        whole, dy_i, x_i = W + one.s * B @ A, dy[mine], dropped[mine]
+        inner = x_i @ whole.t()
+        found["y"][mine] = off * inner.abs()
+        found["x"][mine] = factor[mine] * ((off * dy_i.abs()) @ whole.abs())
+        found[f"A{i}"] = (abs(one.s) * off[:, None] * B.abs()).t() @ (dy_i.t() @ x_i).abs()
+        found[f"B{i}"] = abs(one.s) * off[:, None] * (dy_i.t() @ (x_i @ A.t())).abs()
+        inverse = torch.where(norm > 0, 1 / norm, 0.0)
+        found[f"magnitude{i}"] = relative * inverse * (dy_i * inner).sum(dim=0).abs()
+    found["y"] = found["y"].reshape(*case.x.shape[:-1], case.N)
+    found["x"] = found["x"].reshape(case.x.shape)
+    return found
 
 
 def adapter_budget(case: AdapterCase, engine: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -183,7 +197,7 @@ def adapter_budget(case: AdapterCase, engine: bool) -> dict[str, tuple[torch.Ten
     truth = _differentiated(case, torch.float64, "value")
     plain = _differentiated(case, torch.float32, "value")
     size = _differentiated(case, torch.float64, "size")
-    gain = _differentiated(case, torch.float64, "error", split=engine)
+    gain = _gain_error(case, split=engine)
     dtypes = {n: t.dtype for n, t in case.leaves().items()} | {"y": case.x.dtype}
     M, N, K = len(case.rows_of()), case.N, case.K
     found = {}
