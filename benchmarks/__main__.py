@@ -1,13 +1,14 @@
 """The one entry to the benchmarks: a process for each configuration, results merged as they come.
 
-make bench                                       everything, under 15 minutes on 2 idle cores
-make bench ARGS=--quick                          what the bars need, under 2 minutes
+make bench                                       everything, under 30 minutes on 2 idle cores
+make bench ARGS=--quick                          what the bars on time need, under 8 minutes
 make bench OP=nf4_linear SHAPE=4096x4096 ISA=avx2 THREADS=1
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -15,11 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import machine, plan, report
+from benchmarks import counted, machine, plan, report
 from benchmarks.store import RESULTS, Store
 
 HERE = Path(__file__).resolve().parent
 PASS, NOTHING_COLLECTED = 0, 5
+COUNTED = ("memory", "adapter_memory", "saved")  # no pytest, a module of that name with records()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,7 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--full", action="store_const", const="full", dest="level", help="every case"
     )
     parser.set_defaults(level="default")
-    ops = (*plan.OPS, "memory")
+    ops = (*plan.OPS, *COUNTED)
     parser.add_argument("--op", default=env.get("OP", ""), help=f"one of {', '.join(ops)}")
     parser.add_argument("--shape", default=env.get("SHAPE", ""), help="one weight, as 4096x4096")
     parser.add_argument("--isa", default=env.get("ISA", ""), help="kernels' instruction set")
@@ -97,6 +99,23 @@ def run_pytest(
     return subprocess.run(command, env=environment, cwd=HERE.parent, check=False).returncode
 
 
+def count(
+    options: argparse.Namespace, facts: dict[str, object], configuration: plan.Configuration
+) -> None:
+    """Measure what is counted rather than timed, all of it or the one that was asked for."""
+    from feinwerk import backends
+
+    store = Store(options.results, machine.describe())
+    run = store.begin(facts)
+    for name in (options.op,) if options.op else COUNTED:
+        module = importlib.import_module(f"benchmarks.{name}")
+        for key, record in module.records(run, configuration, backends.isa() or "reference"):
+            store.put(key, record)
+            print(f"{key}: measured", flush=True)
+    for title, lines in counted.tables(store.data):
+        print("\n".join([title, *lines]))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run, then print the bars; 0 when every case was measured and correct."""
     options = parse(argv)
@@ -105,22 +124,15 @@ def main(argv: list[str] | None = None) -> int:
     started, worst = time.perf_counter(), 0
     chosen = plan.configurations(options.level, options.isa, options.threads, machine.features())
     print(f"{machine.describe()['cpu']}, {os.cpu_count()} cores; load {facts['load_average']}")
-    if options.op != "memory":
+    if options.op not in COUNTED:
         for configuration in chosen:
             for op in (options.op,) if options.op else plan.OPS:
                 if not plan.cases(op, options.level, configuration, forced=bool(options.isa)):
                     continue
                 status = run_pytest(options, configuration, facts, op)
                 worst = max(worst, 0 if status in (PASS, NOTHING_COLLECTED) else status)
-    if options.op in ("", "memory") and not options.shape and options.level != "quick":
-        from benchmarks import memory
-        from feinwerk import backends
-
-        store = Store(options.results, machine.describe())
-        run = store.begin(facts)
-        for key, record in memory.records(run, chosen[0], backends.isa() or "reference"):
-            store.put(key, record)
-        print("\n".join(report.memory_table(store.data)))
+    if options.op in COUNTED or (options.level != "quick" and not (options.op or options.shape)):
+        count(options, facts, chosen[0])
     if options.results.exists():
         print("\n".join(["", *report.bar_table(Store(options.results).data)]))
     print(f"\n{time.perf_counter() - started:.0f} s; results in {options.results}")

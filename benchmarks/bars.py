@@ -1,6 +1,7 @@
 """The bars: how much faster than its peers, or how close to the limit, Feinwerk has to be.
 
-Each is one ratio within one run on the 4096 x 4096 weight with 2 threads and cold weights.
+Each is one ratio within one run with 2 threads and cold weights, on the 4096 x 4096 weight unless
+it names another. Bars on bytes are in byte_bars.py.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.plan import MAIN_SHAPE
+from benchmarks.plan import ADAPTED_ROWS, MAIN_SHAPE, NORM_SHAPE, PROJECTIONS
 
 ISA_ORDER = ("reference", "scalar", "neon", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 MEMORY = "memory"
@@ -30,6 +31,8 @@ class Bar:
         op: the op.
         isa: of the kernels, empty for the best.
         onednn: what oneDNN was held to, empty for nothing.
+        shape: (N, K) of the weight.
+        at_most: `required` is how many times the peer's time ours may take, at most.
     """
 
     group: str
@@ -41,6 +44,8 @@ class Bar:
     op: str = "nf4_linear"
     isa: str = ""
     onednn: str = ""
+    shape: tuple[int, int] = MAIN_SHAPE
+    at_most: bool = False
 
     @property
     def is_share(self) -> bool:
@@ -49,8 +54,9 @@ class Bar:
 
     def label(self) -> str:
         """What is measured, in words."""
+        size = "" if self.shape == MAIN_SHAPE else f"{self.shape[0]}x{self.shape[1]} "
         rows = f"M={self.M} " if self.M else ""
-        return f"{rows}{self.dtype} {self.what}"
+        return f"{size}{rows}{self.dtype} {self.what}"
 
 
 def _bars() -> Iterator[Bar]:
@@ -97,7 +103,38 @@ def _bars() -> Iterator[Bar]:
         yield Bar(group, what, 512, "bf16", 0.6, (PEAK,), **held)
 
 
-BARS: tuple[Bar, ...] = tuple(_bars())
+PEFT = ("PEFT + bitsandbytes", "PEFT + bitsandbytes bf16 adapters")
+
+
+def _adapter_bars() -> Iterator[Bar]:
+    lora, dora = "LoRA forward+backward", "DoRA forward+backward"
+    op = "lora_linear"
+    for shape in PROJECTIONS:
+        at = {"op": op, "shape": shape}
+        for dtype in ("fp32", "bf16"):
+            yield Bar("LoRA over NF4", lora, 512, dtype, 1.5, PEFT, **at)
+            yield Bar("LoRA over NF4", lora, 512, dtype, 1.12, ("NF4 alone",), **at, at_most=True)
+            yield Bar("DoRA over NF4", dora, 512, dtype, 4, PEFT, **at)
+            yield Bar("DoRA over NF4", dora, 64, dtype, 8, PEFT, **at)
+            yield Bar(
+                "DoRA over NF4", dora, 512, dtype, 1.1, ("feinwerk LoRA",), **at, at_most=True
+            )
+            yield Bar(
+                "Decoding", "LoRA forward", 1, dtype, 1.15, ("NF4 alone",), **at, at_most=True
+            )
+    for what in ("norm over NF4", "norm over fp32"):
+        yield Bar("Norm", what, 0, "fp32", 12, PEFT, "weight_norm", shape=NORM_SHAPE)
+    group = "32 adapters, each of 16 rows"
+    for dtype in ("fp32", "bf16"):
+        at = {"op": "grouped_lora_linear"}
+        yield Bar(group, "forward", ADAPTED_ROWS, dtype, 3, ("PEFT + bitsandbytes eval",), **at)
+        yield Bar(
+            group, "forward+backward", ADAPTED_ROWS, dtype, 4,
+            ("PEFT + bitsandbytes, one by one",), **at,
+        )  # fmt: skip
+
+
+BARS: tuple[Bar, ...] = (*_bars(), *_adapter_bars())
 
 
 def find(
@@ -139,8 +176,11 @@ class Verdict:
 
     @property
     def met(self) -> bool | None:
-        """Whether the median reaches the bar; None when it was not measured."""
-        return None if self.ratio is None else self.ratio["median"] >= self.bar.required
+        """Whether the median reaches the bar, or stays below it; None when it was not measured."""
+        if self.ratio is None:
+            return None
+        median = self.ratio["median"]
+        return median <= self.bar.required if self.bar.at_most else median >= self.bar.required
 
     @property
     def open(self) -> bool:
@@ -152,7 +192,9 @@ class Verdict:
 
 def judge(data: dict[str, Any], bar: Bar) -> Verdict:
     """What the results say about one bar."""
-    record = find(data, bar.what, bar.M, bar.dtype, op=bar.op, isa=bar.isa, onednn=bar.onednn)
+    record = find(
+        data, bar.what, bar.M, bar.dtype, op=bar.op, shape=bar.shape, isa=bar.isa, onednn=bar.onednn
+    )  # fmt: skip
     if record is None:
         return Verdict(bar)
     if bar.is_share:
@@ -169,7 +211,15 @@ def judge(data: dict[str, Any], bar: Bar) -> Verdict:
         return Verdict(bar)
     name = min(pool, key=lambda key: pool[key][1]["median"])
     times, ratio = pool[name]
+    if bar.at_most:
+        ratio = inverse(ratio)
     return Verdict(bar, name, ratio, record["ours"]["median"], times["median"])
+
+
+def inverse(ratio: dict[str, float]) -> dict[str, float]:
+    """How many times the peer's time ours takes, from how many times faster ours is."""
+    swapped = {"median": "median", "p10": "p90", "p90": "p10", "low": "high", "high": "low"}
+    return {name: 1 / ratio[other] for name, other in swapped.items()}
 
 
 def verdicts(data: dict[str, Any]) -> list[Verdict]:

@@ -33,13 +33,19 @@ def resident(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) << 10
 
 
-def extra_bytes(call: Any) -> int:
-    """How far the resident set grows during one call, its result left out."""
+def growth(call: Any) -> tuple[int, Any]:
+    """How far the resident set grows during one call, and its result."""
     ctypes.CDLL(None).malloc_trim(0)  # pages kept from earlier calls would hide new ones
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
     before = resident("VmRSS")
     result = call()
-    return max(0, resident("VmHWM") - before - result.nbytes)
+    return max(0, resident("VmHWM") - before), result
+
+
+def extra_bytes(call: Any) -> int:
+    """How far the resident set grows during one call, its result left out."""
+    grown, result = growth(call)
+    return max(0, grown - result.nbytes)
 
 
 def measure(who: str, what: str, N: int, K: int, M: int, dtype: str) -> int:

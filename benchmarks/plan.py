@@ -7,14 +7,20 @@ that the tables show, `full` is the whole product.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 LEVELS = ("quick", "default", "full")
 MAIN_SHAPE = (4096, 4096)
 SHAPES = (MAIN_SHAPE, (14336, 4096), (4096, 14336), (576, 1536))
 ROWS = (1, 4, 16, 64, 256, 512)
 EMBEDDINGS = ((49152, 576), MAIN_SHAPE)
-OPS = ("nf4_linear", "nf4_quantize", "nf4_dequantize", "nf4_embedding", "blockwise")
+PROJECTIONS = (MAIN_SHAPE, (2048, 2048), (8192, 2048), (2048, 8192))  # and of a 1 B model
+NORM_SHAPE = (3072, 8192)
+ADAPTERS, ADAPTED_ROWS = 32, 512  # of a batch with many adapters
+OPS = (
+    "nf4_linear", "nf4_quantize", "nf4_dequantize", "nf4_embedding", "blockwise",
+    "lora_linear", "grouped_lora_linear", "weight_norm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Case:
 
     Args:
         op: the benchmark file's op.
-        what: which of its operations: forward, dX, int8 forward, quantize, dequantize ...
+        what: which of its operations: forward, dX, int8 forward, LoRA forward+backward ...
         N: rows of the weight (elements for block-wise ops).
         K: columns of the weight, 1 for block-wise ops.
         M: rows of x or number of indices, 0 where there are none.
@@ -165,6 +171,27 @@ def _others(op: str, configuration: Configuration) -> Iterator[Case]:
             yield Case(op, what, 262144, 1, 0, "fp32")
 
 
+def _adapted(op: str, level: str, configuration: Configuration) -> Iterator[Case]:
+    if configuration.threads == 1 and level != "full":
+        return
+    if op == "weight_norm":
+        for what in ("norm over NF4", "norm over fp32"):
+            yield Case(op, what, *NORM_SHAPE, 0, "fp32", bar=True)
+        return
+    for dtype in ("fp32", "bf16"):
+        if op == "grouped_lora_linear":
+            for what in ("forward", "forward+backward"):
+                yield Case(op, what, *MAIN_SHAPE, ADAPTED_ROWS, dtype, bar=True)
+            continue
+        for shape in PROJECTIONS:
+            yield Case(op, "LoRA forward+backward", *shape, 512, dtype, bar=True)
+            for M in (64, 512):
+                yield Case(op, "DoRA forward+backward", *shape, M, dtype, bar=True)
+            yield Case(op, "LoRA forward", *shape, 1, dtype, bar=True)
+        yield Case(op, "LoRA forward+backward", *MAIN_SHAPE, 64, dtype)
+        yield Case(op, "DoRA forward", *MAIN_SHAPE, 1, dtype)
+
+
 def cases(
     op: str,
     level: str,
@@ -187,13 +214,18 @@ def cases(
         found = list(_linear(level, configuration, forced))
     elif (configuration.isa or configuration.onednn) and not forced:
         found = []
+    elif op in ("lora_linear", "grouped_lora_linear", "weight_norm"):
+        found = list(_adapted(op, level, configuration))
     else:
         found = list(_others(op, configuration))
     if shape is not None:
         known = [case for case in found if shape == (case.N, case.K)]
-        if not known and op == "nf4_linear":  # a shape of the user's own: every row count
+        if not known and op != "blockwise":  # a shape of the user's own: what the first one has
+            first = found[:1] and (found[0].N, found[0].K)
             known = [
-                Case(op, "forward", *shape, M, dtype) for dtype in ("bf16", "fp32") for M in ROWS
+                replace(case, N=shape[0], K=shape[1], bar=False)
+                for case in found
+                if first == (case.N, case.K)
             ]
         found = known
     return [case for case in found if case.bar] if level == "quick" else found

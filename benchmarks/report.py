@@ -8,41 +8,28 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bars
+from benchmarks import bars, counted
 from benchmarks.machine import QUIET_SHARE
-from benchmarks.plan import MAIN_SHAPE, ROWS, SHAPES
+from benchmarks.plan import MAIN_SHAPE, OPS, ROWS, SHAPES
+from benchmarks.text import milliseconds, number, table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
 IMAGE = ROOT / "docs" / "images" / "nf4_linear.png"
 SUMMARY = "Turns a results file into tables and a plot."
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
-MEMORY_SLACK = 1 << 20  # stacks, the allocator's own pages
 HELD = (("avx512_bf16", "AVX512_CORE_BF16", "bf16"), ("avx2", "", "fp32"))
-WHO = ("feinwerk", "dense", "bitsandbytes")
 PEER_ORDER = (
     "dense", "bitsandbytes", "bitsandbytes eval", "ort int4 level 0", "ort int4 level 0 fp16",
     "ort int4 level 4", "ort int4 level 4 block 32", "ort nf4", "NF4Weight.from_dense",
-    "torch fill",
+    "torch fill", "NF4 alone", "feinwerk LoRA", "feinwerk, one by one", "PEFT + bitsandbytes",
+    "PEFT + bitsandbytes bf16 adapters", "PEFT + bitsandbytes eval",
+    "PEFT + bitsandbytes, one by one",
 )  # fmt: skip
-
-
-def number(value: float, digits: int = 3) -> str:
-    """Three significant digits without an exponent."""
-    if value == 0 or value != value:
-        return "-"
-    if abs(value) >= 10 ** (digits - 1):
-        return f"{value:.0f}"
-    return f"{value:.{digits}g}"
-
-
-def milliseconds(seconds: float) -> str:
-    """Seconds as milliseconds."""
-    return number(seconds * 1e3)
 
 
 def ceilings_line(values: dict[str, float]) -> str:
@@ -63,15 +50,15 @@ def case_lines(title: str, record: dict[str, Any]) -> str:
         extra += f", {number(record['gflops'])} GFLOP/s"
     extra += f", {100 * record['share_of_limit']:.0f} % of the limit ({record['bound']})"
     head = f"{milliseconds(mine['median'])} ms (min {milliseconds(mine['min'])})"
-    lines = [f"\n{title}", f"  {'feinwerk':<28}{head:<30}{extra}"]
+    lines = [f"\n{title}", f"  {'feinwerk':<36}{head:<30}{extra}"]
     for name, peer in record["peers"].items():
         time = f"{milliseconds(peer['median'])} ms (min {milliseconds(peer['min'])})"
         note = f"  [{peer['note']}]" if peer["note"] else ""
-        lines.append(f"  {name:<28}{time:<30}{faster(peer['ratio'])}{note}")
+        lines.append(f"  {name:<36}{time:<30}{faster(peer['ratio'])}{note}")
     for name, limit in record["limits"].items():
         time = f"{milliseconds(limit['median'])} ms"
-        lines.append(f"  {'limit: ' + name:<28}{time:<30}{share(limit['share'])}")
-    lines += [f"  {name:<28}-  {reason}" for name, reason in record["missing"].items()]
+        lines.append(f"  {'limit: ' + name:<36}{time:<30}{share(limit['share'])}")
+    lines += [f"  {name:<36}-  {reason}" for name, reason in record["missing"].items()]
     if record["others_share"] > QUIET_SHARE:
         used = 100 * record["others_share"]
         lines.append(f"  disturbed: other processes used {used:.0f} % of the cores")
@@ -92,17 +79,6 @@ def share(ratio: dict[str, float]) -> str:
     return f"{100 * ratio['median']:.0f} % of it [{low:.0f}, {high:.0f}]"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """A Markdown table, columns padded so that it reads as text too."""
-    lines = [list(head), *(list(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for i, line in enumerate(lines):
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        yield "| " + " | ".join(cells) + " |"
-        if i == 0:
-            yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-
-
 def bar_table(data: dict[str, Any]) -> Iterator[str]:
     """Every bar: required, measured with its 95 % interval, met or not."""
     rows = []
@@ -113,6 +89,7 @@ def bar_table(data: dict[str, Any]) -> Iterator[str]:
             continue  # what is left without AMX is the machine itself, judged above
         scale, unit = (100, " %") if bar.is_share else (1, "x")
         against = verdict.name or bar.against[0]
+        required = f"{'<= ' if bar.at_most else ''}{number(scale * bar.required)}{unit}"
         measured, result = "-", "not measured"
         if ratio is not None:
             low, high = number(scale * ratio["low"]), number(scale * ratio["high"])
@@ -125,23 +102,13 @@ def bar_table(data: dict[str, Any]) -> Iterator[str]:
             result += " (open)" if verdict.open else ""
         rows.append(
             (
-                bar.group, bar.label(), against, f"{number(scale * bar.required)}{unit}", measured,
+                bar.group, bar.label(), against, required, measured,
                 milliseconds(verdict.ours), milliseconds(verdict.theirs), result,
             )
         )  # fmt: skip
-    rows += [memory_bar(r) for r in data["cases"].values() if r["op"] == "memory"]
+    rows += counted.bars(data)
     head = ("bar", "what", "against", "required", "measured", "ours ms", "theirs ms", "result")
     yield from table(head, rows)
-
-
-def memory_bar(record: dict[str, Any]) -> tuple[str, ...]:
-    """Peak extra memory of one call against the workspace it may use."""
-    used, bound = record["extra_bytes"]["feinwerk"], record["workspace_bytes"] + MEMORY_SLACK
-    return (
-        "Peak extra memory", f"M={record['M']} {record['dtype']} {record['what']}",
-        "the workspace", f"<= {bound / 2**20:.1f} MiB", f"{used / 2**20:.1f} MiB", "", "",
-        "met" if used <= bound < record["dense_bytes"] else "missed",
-    )  # fmt: skip
 
 
 def limit_cell(record: dict[str, Any]) -> str:
@@ -192,23 +159,6 @@ def other_table(data: dict[str, Any], op: str) -> Iterator[str]:
     yield from table(
         ("case", "dtype", "threads", "feinwerk ms", "GB/s", "of the limit", *names), rows
     )
-
-
-def memory_table(data: dict[str, Any]) -> Iterator[str]:
-    """Peak memory beyond inputs and output, of one call."""
-    rows = [
-        (
-            f"{r['what']} {r['N']}x{r['K']}, M={r['M']}", r["dtype"],
-            *(f"{r['extra_bytes'][who] / 2**20:.1f}" for who in WHO),
-            f"{r['workspace_bytes'] / 2**20:.1f}", f"{r['dense_bytes'] / 2**20:.1f}",
-        )
-        for r in data["cases"].values()
-        if r["op"] == "memory"
-    ]  # fmt: skip
-    if rows:
-        head = ("call", "dtype", "feinwerk MiB", "dense MiB", "bitsandbytes MiB",
-                "feinwerk's workspace MiB", "dense copy of W MiB")  # fmt: skip
-        yield from table(head, rows)
 
 
 def machine_lines(data: dict[str, Any]) -> Iterator[str]:
@@ -265,13 +215,13 @@ def markdown(data: dict[str, Any]) -> str:
     for title, lines in sections:
         if lines:
             parts += [f"### {title}", "", *lines, ""]
-    for op in ("nf4_quantize", "nf4_dequantize", "nf4_embedding", "blockwise"):
+    for op in [op for op in OPS if op != "nf4_linear"]:
         lines = list(other_table(data, op))
         if lines:
             parts += [f"## {op}", "", *lines, ""]
-    lines = list(memory_table(data))
-    if lines:
-        parts += ["## Peak extra memory", "", *lines, ""]
+    for title, lines in counted.tables(data):
+        if lines:
+            parts += [f"## {title}", "", *lines, ""]
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -212,10 +212,11 @@ def test_every_bar_has_a_case_in_the_quick_plan() -> None:
         for op in plan.OPS:
             for case in plan.cases(op, "quick", configuration):
                 where = (configuration.isa, configuration.onednn)
-                planned.add((case.op, case.what, case.M, case.dtype, case.cold, *where))
-                assert (case.N, case.K) == plan.MAIN_SHAPE
+                key = (case.op, case.what, (case.N, case.K), case.M, case.dtype, case.cold)
+                planned.add((*key, *where))
     for bar in bars.BARS:
-        assert (bar.op, bar.what, bar.M, bar.dtype, True, bar.isa, bar.onednn) in planned
+        key = (bar.op, bar.what, bar.shape, bar.M, bar.dtype, True, bar.isa, bar.onednn)
+        assert key in planned
 
 
 @pytest.mark.parametrize("level", plan.LEVELS)
@@ -232,6 +233,9 @@ def test_no_two_cases_share_a_key(level: str) -> None:
 def test_a_shape_of_the_users_own_runs_every_row_count() -> None:
     found = plan.cases("nf4_linear", "default", plan.Configuration(), (100, 64))
     assert {case.M for case in found} == set(plan.ROWS)
+    assert {(case.N, case.K) for case in found} == {(100, 64)}
+    for op in ("lora_linear", "grouped_lora_linear", "weight_norm", "nf4_quantize"):
+        assert plan.cases(op, "default", plan.Configuration(), (100, 64))
 
 
 def test_store_merges_and_resumes(tmp_path: Path) -> None:
