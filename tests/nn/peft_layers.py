@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from feinwerk.nn import Adapter, DoRAConv, LoRAConv, LoRAEmbedding, NF4Embedding, NF4Linear
+from feinwerk.nn import Adapter, LoRAConv, LoRAEmbedding, NF4Embedding, NF4Linear
 from feinwerk.nn.dora import DoRA
 from feinwerk.testing import assert_within
 
@@ -135,8 +135,3 @@ def compare(
             rounded = found["theirs"][key].to(value.dtype).double()
             budget = budget + 2 * (rounded - truth).abs().max()
         assert_within(value, truth, budget, value.dtype, key)
-
-
-def conv_depth(ours: LoRAConv | DoRAConv) -> int:
-    """The number of terms in an element of W's rows, and of the addition."""
-    return ours.lora_A[0].numel() + ours.r
