@@ -124,7 +124,6 @@ class Forward {
     return apart_ ? std::max(bytes, workspace_bytes(norms_plan_, threads)) : bytes;
   }
   void run(const feinwerk_executor* executor, uint8_t* workspace) {
-    if (args_.weight.nf4.rows == 0) return;
     std::vector<feinwerk_adapter> known;
     if (apart_) {
       run_product(norms_, norms_plan_, executor, workspace, table_.linear_pack, table_.linear_unit);
