@@ -27,10 +27,15 @@ class Place:
 
 def places_of(model: nn.Module) -> Iterator[Place]:
     """Every position of every module, in model order; a module in two places comes twice."""
-    for parent_name, parent in model.named_modules():
-        for attribute, child in parent._modules.items():
-            if child is not None:
-                yield Place(parent, attribute, f"{parent_name}.{attribute}".lstrip("."))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    seen: set[tuple[int, str]] = set()
+    for name in list(modules)[1:]:
+        parent_name, _, attribute = name.rpartition(".")
+        parent = modules[parent_name]
+        # The children of a module in two places hang in it once.
+        if (id(parent), attribute) not in seen:
+            seen.add((id(parent), attribute))
+            yield Place(parent, attribute, name)
 
 
 def matches(entry: str, name: str) -> bool:
