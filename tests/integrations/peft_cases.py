@@ -15,6 +15,7 @@ from feinwerk.integrations.peft import fuse
 from feinwerk.philox import keep_mask
 from feinwerk.testing import ulp
 
+X = torch.randn(4, 64, generator=torch.Generator().manual_seed(2))
 BASES = ("dense", "nf4", "bnb")
 METHODS = ("lora", "dora")
 
@@ -22,7 +23,7 @@ METHODS = ("lora", "dora")
 class Mlp(nn.Module):
     """Two layers with a nonlinearity between them; `head` is there to be saved as a whole."""
 
-    def __init__(self, width: int = 24, inner: int = 20, bias: bool = True) -> None:
+    def __init__(self, width: int = 64, inner: int = 128, bias: bool = True) -> None:
         super().__init__()
         self.up = nn.Linear(width, inner, bias=bias)
         self.down = nn.Linear(inner, width, bias=bias)
@@ -84,6 +85,18 @@ def make(base: str, method: str = "lora", sizes: Any = None, **options: Any) -> 
         model = peft.get_peft_model(make_base(base, **sizes or {}), config_of(method, **options))
     randomize(model)
     return model
+
+
+def two_adapters(base: str, second: str = "lora", **options: Any) -> Any:
+    """`default` is LoRA, `other` of another rank."""
+    model = make(base)
+    model.add_adapter("other", config_of(second, r=5, lora_alpha=2, **options))
+    randomize(model, seed=4)
+    return model
+
+
+def layers(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
 
 
 def fused(model: peft.PeftModel) -> peft.PeftModel:
@@ -153,9 +166,10 @@ def run(model: nn.Module, x: torch.Tensor, **kwargs: Any) -> dict[str, torch.Ten
     dtype = next(p.dtype for name, p in model.named_parameters() if "lora_" in name)
     x = x.detach().to(dtype if dtype is torch.float64 else x.dtype).requires_grad_()
     model.zero_grad()
-    y = model(x, **kwargs)
-    weights = torch.linspace(-1, 2, max(1, y.numel())).view(-1)[: y.numel()].view(y.shape)
-    (y * weights.to(y.dtype)).sum().backward()
+    with torch.enable_grad():
+        y = model(x, **kwargs)
+        weights = torch.linspace(-1, 2, max(1, y.numel())).view(-1)[: y.numel()].view(y.shape)
+        (y * weights.to(y.dtype)).sum().backward()
     results = {"y": y.detach(), "grad x": x.grad}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -163,29 +177,34 @@ def run(model: nn.Module, x: torch.Tensor, **kwargs: Any) -> dict[str, torch.Ten
     return results
 
 
-def spread(model: nn.Module, x: torch.Tensor, truth: Any, **kwargs: Any) -> dict[str, float]:
-    """How far each fp64 result moves when all that goes in is off by one fp32 rounding.
+def spread(
+    model: nn.Module, x: torch.Tensor, truth: Any, dtype: torch.dtype, **kwargs: Any
+) -> dict[str, float]:
+    """How far each fp64 result moves when all that goes in is off by one rounding to dtype.
 
-    Every weight and x get a relative error of 2^-24 with a random sign, three times over: what
+    Every weight and x get a relative error of eps / 2 with a random sign, three times over: what
     rounding every factor of every sum does to the result, cancellation included. A magnitude gets
-    what its norm may be off, see `norm_condition`: only their quotient counts.
+    what its norm may be off in fp32, see `norm_condition`: only their quotient counts.
     """
     generator = torch.Generator().manual_seed(7)
     moved = dict.fromkeys(truth, 0.0)
 
-    def off(value: torch.Tensor, times: torch.Tensor | float = 1.0) -> torch.Tensor:
+    def off(value: torch.Tensor, error: torch.Tensor | float) -> torch.Tensor:
         sign = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
-        return value.double() * (1 + sign * times * 2.0**-24)
+        return value.double() * (1 + sign * error)
+
+    half = torch.finfo(dtype).eps / 2
 
     for _ in range(3):
         twin = copy.deepcopy(model)
         for layer in twin.modules():
             for name, magnitude in getattr(layer, "lora_magnitude_vector", {}).items():
-                magnitude.weight.data = off(magnitude.weight.data, norm_condition(layer, name))
+                condition = norm_condition(layer, name)
+                magnitude.weight.data = off(magnitude.weight.data, condition * 2.0**-24)
         for p in twin.parameters():
-            p.data = off(p.data)
-        for name, value in run(twin, off(x), **kwargs).items():
-            if value is not None and value.numel():
+            p.data = off(p.data, half)
+        for name, value in run(twin, off(x, half), **kwargs).items():
+            if name in truth and value is not None and value.numel():
                 moved[name] = max(moved[name], float((value - truth[name]).abs().max()))
     return moved
 
@@ -205,15 +224,17 @@ def assert_like_peft(
     theirs: dict[str, torch.Tensor],
     double: nn.Module,
     x: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> None:
     """|ours - fp64| <= 2 max|PEFT - fp64| + ulp + 4 spread, for the output and each gradient.
 
     The form of docs/numerics.md's budget; `double` is the stock model in fp64, and its `spread`
-    stands for the sum over |x| |W| there, which a network of several layers does not have.
+    stands for the sum over |x| |W| there, which a network of several layers does not have. `dtype`
+    is that of the activations.
     """
     truth = run(double, x, **kwargs)
-    moved = spread(double, x, truth, **kwargs)
+    moved = spread(double, x, truth, dtype, **kwargs)
     assert ours.keys() == theirs.keys() == truth.keys()
     for name, value in truth.items():
         if value is None:
@@ -227,3 +248,13 @@ def assert_like_peft(
         budget += float(ulp(value.abs().max(), ours[name].dtype))
         error = float((ours[name].double() - value).abs().max())
         assert error <= budget, f"{name}: {error:.3e} > {budget:.3e}"
+
+
+def assert_output_near(y: torch.Tensor, double: nn.Module, x: torch.Tensor, **kwargs: Any) -> None:
+    """|y - fp64| <= ulp + 4 spread, element by element, for an output alone."""
+    with torch.no_grad():
+        truth = double(x.double(), **kwargs)
+    moved = spread(double, x, {"y": truth}, y.dtype, **kwargs)["y"]
+    budget = float(ulp(truth.abs().max(), y.dtype)) + 4 * moved
+    error = float((y.double() - truth).abs().max())
+    assert error <= budget, f"{error:.3e} > {budget:.3e}"
