@@ -9,7 +9,8 @@
    base_model.model.<path>.lora_embedding_A, .lora_embedding_B    <path>.lora_A, .lora_B
    adapter_config.json: r, lora_alpha, use_dora, ..., as PEFT 0.21 writes it
 ```
-PEFT holds a convolution's magnitude as [1, N, 1, 1]. safetensors is imported where it is used.
+PEFT holds a convolution's magnitude as [1, N, 1, 1], and saves the table of an adapted embedding of
+a transformers model as `<path>.base_layer.weight`. safetensors is imported where it is used.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _SUFFIXES = {
     "lora_magnitude_vector": "magnitude",
     "lora_embedding_A": "lora_A",
     "lora_embedding_B": "lora_B",
+    "base_layer.weight": "weight",
 }
 
 # PEFT's options that change what an adapter computes or which files it needs, and that have no
@@ -342,7 +344,17 @@ def _check_fit(
         kind = adapter_class(layer, dora=dora)
     assert kind is not None
     shape_A, shape_B = kind.shapes(layer, r)
-    expected = {"lora_A": shape_A, "lora_B": shape_B, "lora_bias": shape_B[:1]}
+    if "weight" in parts and isinstance(layer, NF4Module):
+        rule = "be absent from the file for an NF4 base, which the adapter was not trained on"
+        _checks.reject(ValueError, op, f"{name}.base_layer.weight", rule, type(layer).__name__)
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    expected = {
+        "lora_A": shape_A,
+        "lora_B": shape_B,
+        "lora_bias": shape_B[:1],
+        "weight": tuple(weight.shape),
+    }
     for key, value in parts.items():
         size = tuple(value.shape)
         if key == "magnitude":

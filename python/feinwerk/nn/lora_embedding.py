@@ -32,6 +32,7 @@ class LoRAEmbedding(Adapter):
         r: rank.
         lora_alpha: scaling is lora_alpha / r.
         use_rslora: scaling is lora_alpha / sqrt(r) instead.
+        lora_bias: must be False; PEFT has none here either.
         init: "default" or "gaussian", which are the same here.
         dtype: of the adapter's parameters.
 
@@ -57,13 +58,15 @@ class LoRAEmbedding(Adapter):
         *,
         lora_alpha: float,
         use_rslora: bool = False,
+        lora_bias: bool = False,
         init: str = "default",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Wrap the table; see the class."""
         super().__init__(
-            base_layer, r, lora_alpha=lora_alpha, use_rslora=use_rslora, init=init, dtype=dtype
-        )
+            base_layer, r, lora_alpha=lora_alpha, use_rslora=use_rslora, lora_bias=lora_bias,
+            init=init, dtype=dtype,
+        )  # fmt: skip
         self.embedding_dim, self.num_embeddings = self.lora_B.shape[0], self.lora_A.shape[1]
         self.padding_idx: int | None = self._table.padding_idx
 
