@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from feinwerk import backends
-from feinwerk.nn import NF4Embedding, NF4Linear
+from feinwerk.nn import DoRALinear, LoRALinear, NF4Embedding, NF4Linear
+from feinwerk.nn.adapter import Adapter
 
 # The registered op behind each public function, where they differ.
 _REGISTERED = {"dora_linear": "lora_linear", "grouped_lora_linear": "lora_linear"}
@@ -111,6 +112,8 @@ def _found(module: nn.Module) -> tuple[str, str, str] | None:
         from feinwerk.integrations.peft.describe import describe
 
         return describe(module)
+    if isinstance(module, Adapter):
+        return _adapter(module)
     if isinstance(module, NF4Linear):
         return "fused", "nf4_linear", "the weight is in NF4"
     if isinstance(module, NF4Embedding):
@@ -119,6 +122,16 @@ def _found(module: nn.Module) -> tuple[str, str, str] | None:
     if weight is None or weight.dim() < 2:
         return None
     return "dense", "", f"{_origin(module)}.{type(module).__name__}"
+
+
+def _adapter(module: Adapter) -> tuple[str, str, str]:
+    if module.merged or not module.enabled:
+        path, op, _ = _found(module.base_layer) or ("dense", "", "")
+        return path, op, "merged" if module.merged else "the adapter is switched off"
+    if isinstance(module, LoRALinear):
+        op = "dora_linear" if isinstance(module, DoRALinear) else "lora_linear"
+        return "fused", op, f"one adapter of rank {module.lora_A.shape[0]}"
+    return "dense", "", "an adapter in torch's own operations"
 
 
 def _origin(module: nn.Module) -> str:

@@ -10,8 +10,12 @@ from feinwerk import _checks
 from feinwerk.integrations.peft import base as base_layer
 from feinwerk.nn import NF4Linear
 
-# PEFT's layer over bitsandbytes passes over these and would train plain LoRA.
-_IGNORED_IN_4BIT = ("kasa_config", "monteclora_config", "use_bdlora")
+# KaSA rewrites the base weight; PEFT's layer over bitsandbytes passes over all three and would
+# train plain LoRA.
+_NOT_OVER = {
+    "NF4Linear": ("kasa_config",),
+    "Linear4bit": ("kasa_config", "monteclora_config", "use_bdlora"),
+}
 
 # These rewrite the base weight, or take its dtype for the adapter's.
 _INITS = {
@@ -23,9 +27,9 @@ _INITS = {
 def refuse_config(label: str, base: nn.Module, config: Any) -> None:
     """Raise a ValueError that names the layer if an option has no meaning over its base."""
     if isinstance(base, NF4Linear):
-        kind, variants = "NF4Linear", ("kasa_config",)
+        kind = "NF4Linear"
     elif base_layer.is_bitsandbytes(base):
-        kind, variants = "Linear4bit", _IGNORED_IN_4BIT
+        kind = "Linear4bit"
     else:
         return
     init = config.init_lora_weights
@@ -33,7 +37,7 @@ def refuse_config(label: str, base: nn.Module, config: Any) -> None:
         known = ", ".join(map(repr, _INITS[kind]))
         rule = f"be one of {known} over {kind} (initialize before quantizing for the others)"
         _checks.reject(ValueError, label, "init_lora_weights", rule, repr(init))
-    for option in variants:
+    for option in _NOT_OVER[kind]:
         if getattr(config, option, None):
             value = getattr(config, option)
             _checks.reject(ValueError, label, option, f"not be set over {kind}", value)

@@ -13,6 +13,7 @@ from torch import nn
 from feinwerk import _checks
 from feinwerk.integrations.peft import base as base_layer
 from feinwerk.integrations.peft import route
+from feinwerk.integrations.peft.config import refuse_config
 from feinwerk.integrations.peft.layer import FusedLayer, FusedLinear
 from feinwerk.nn import NF4Linear
 
@@ -170,9 +171,11 @@ def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: An
     if kwargs.pop("parameter_name", None) is not None:
         return None  # target_parameters wraps a parameter, not the layer
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    label = kwargs.get("target_name", "")
     if base_layer.is_bitsandbytes(base) and kwargs.get("loaded_in_4bit", False):
         from feinwerk.integrations.peft.linear4bit import FusedLinear4bit
 
+        refuse_config(label, base, config)  # PEFT's constructor does not pass the name on
         layer: FusedLayer = FusedLinear4bit(target, adapter_name, config=config, **kwargs)
     elif type(base) in (nn.Linear, NF4Linear):
         if config.fan_in_fan_out:
@@ -184,5 +187,5 @@ def _dispatch(target: nn.Module, adapter_name: str, *, config: Any, **kwargs: An
         layer = FusedLinear(target, adapter_name, config=config, **kwargs)
     else:
         return None
-    layer.fused_name = kwargs.get("target_name", "")
+    layer.fused_name = label
     return layer

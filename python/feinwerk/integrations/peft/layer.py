@@ -72,10 +72,10 @@ class FusedLayer(_PeftLayer):
         way = self.route(adapter_names)
         refusal = _refusal(x, args, kwargs)
         if way.op == "" or (refusal and way.op != "base"):
-            if not torch.compiler.is_compiling():
-                self.fused_refusal = refusal
+            self._note(refusal)
             result: torch.Tensor = super().forward(x, *args, **kwargs)
             return result
+        self._note("")
         self._check_forward_args(x, *args, **kwargs)
         if way.op == "base":
             kwargs = {
@@ -90,6 +90,11 @@ class FusedLayer(_PeftLayer):
             if str(error).startswith(f"{self.label}: "):
                 raise
             raise type(error)(f"{self.label}: {error}") from error
+
+    def _note(self, refusal: str) -> None:
+        """Remember for `explain` why an input was left to PEFT."""
+        if refusal != self.fused_refusal and not torch.compiler.is_compiling():
+            self.fused_refusal = refusal
 
     def _check_forward_args(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """PEFT's checks, which refuse DoRA in a mixed batch: let it pass where it is fused."""
