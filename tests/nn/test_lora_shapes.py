@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft_layers import compare, peft_twin
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from feinwerk.nn import (
     DoRAConv,
@@ -104,6 +105,44 @@ def rounding(layer: Any, x: torch.Tensor, grad_y: torch.Tensor, depth: int) -> d
         # ... which the operations in between round as well, at most six of them.
         result[name] += 6 * ulp(gain * size, dtype if dtype != torch.float32 else own)
     return result
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that operations make."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = {t.untyped_storage().data_ptr() for t in known}
+        self.found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.found = max(self.found, t.untyped_storage().nbytes() // t.element_size())
+        return result
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "nested", "conv"])
+def test_nothing_of_the_weights_size_is_made(
+    kind: str, dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from feinwerk.nn import lora_embedding
+
+    monkeypatch.setattr(lora_embedding, "_SLAB", 1 << 12)
+    if kind == "conv":
+        layer = make_conv(dora, nn.Conv2d(64, 96, 3), 2)
+        x, size = make_x((1, 64, 5, 5), torch.float32), 64 * 96 * 9
+    else:
+        layer = make_embedding(dora, 1000, 64, 2, kind)
+        x, size = torch.arange(10), 1000 * 64
+    with Largest(list(layer.parameters()) + list(layer.buffers())) as largest:
+        layer(x).sum().backward()
+        with torch.no_grad():
+            layer.eval()(x)
+    # im2col of the convolution is torch's own; A's gradient has A's size.
+    assert largest.found <= size // 4
 
 
 class TestEmbedding:
