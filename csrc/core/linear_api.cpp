@@ -48,21 +48,26 @@ void check_adapter_sizes(const char* op, const Args& args) {
     end = adapter.row_end;
     if (adapter.r > args.s_cols) invalid(op, "s_cols", "be at least every r", args.s_cols);
   }
+  checked_product(op, "m x s_cols", args.m, args.s_cols);
 }
 
 template <class Args>
 void check_adapters(const char* op, const Args& args) {
   check_adapter_sizes(op, args);
-  check_buffer(op, "s", args.s, checked_product(op, "m x s_cols", args.m, args.s_cols));
+  check_buffer(op, "s", args.s, args.m * args.s_cols);
   for (int64_t e = 0; e < args.adapter_count; ++e) {
     const feinwerk_adapter& adapter = args.adapters[e];
     check_buffer(op, "lora_A", adapter.lora_A, adapter.r * args.weight.nf4.cols);
     check_buffer(op, "lora_B", adapter.lora_B, args.weight.nf4.rows * adapter.r);
     if (!std::isfinite(adapter.scaling))
       invalid(op, "scaling", "be finite", std::to_string(adapter.scaling));
-    if (is_dora(adapter)) check_buffer(op, "weight_norm", adapter.weight_norm, 1);
-    if (finds_norm(adapter)) check_buffer(op, "base_norm", adapter.base_norm, 1);
+    const int64_t rows = args.weight.nf4.rows;
+    if (is_dora(adapter)) check_buffer(op, "weight_norm", adapter.weight_norm, rows);
+    if (finds_norm(adapter)) check_buffer(op, "base_norm", adapter.base_norm, rows);
   }
+  const float keep_scale = args.dropout.keep_scale;
+  if (drops(args.dropout) && !(std::isfinite(keep_scale) && keep_scale >= 1))
+    invalid(op, "keep_scale", "be finite and at least 1", std::to_string(keep_scale));
 }
 
 int64_t workspace_bytes(const ProductPlan& plan, int64_t threads) {
