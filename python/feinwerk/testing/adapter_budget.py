@@ -6,6 +6,7 @@ the ops. docs/numerics.md states the budget.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +22,11 @@ U = 2.0**-24
 
 # One rounding to bf16; what is left of an fp32 number that is split in two bf16 halves.
 BF16_ROUNDING, BF16_SPLIT = 2.0**-8, 2.0**-16
+
+# The gradient of magnitude uses the saved y, rounded as it is, unless the gain is below the first
+# or the bias beyond the second times the root mean square of y - bias.
+LEAST_GAIN = 2.0**-10
+MOST_BIAS = {torch.float32: 1024.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 
 Mix = tuple[torch.Tensor | float, torch.Tensor | float, torch.Tensor | float]
 
@@ -69,6 +75,7 @@ def norm_truth(
     return truth, torch.where(root > 0, error / root, error.sqrt())
 
 
+@functools.lru_cache(maxsize=4)
 def gains(
     case: AdapterCase, split: bool = False
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
@@ -178,13 +185,35 @@ def _gain_error(case: AdapterCase, split: bool) -> dict[str, torch.Tensor]:
     return found
 
 
+def _rounded_output(case: AdapterCase, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the rounding of the saved y does to the gradient of each magnitude."""
+    y, dy, rows = y.reshape(-1, case.N), case.grad_y.reshape(-1, case.N).double(), case.rows_of()
+    bias = torch.zeros(case.N) if case.bias is None else case.bias
+    found = {}
+    for i, (one, gain) in enumerate(zip(case.adapters, gains(case), strict=True)):
+        if gain is None or one.magnitude is None:
+            continue
+        y_i, dy_i = y[rows == i], dy[rows == i]
+        size = ((y_i - bias.double()) ** 2).mean(dim=0).sqrt()
+        used = (bias.double().abs() <= 1.01 * MOST_BIAS[case.x.dtype] * size).logical_and(
+            gain[2].abs() >= 0.99 * LEAST_GAIN
+        )
+        off = ulp(y_i, case.x.dtype) / 2 + 4 * U * y_i.abs()
+        if case.compute == "int8":
+            off = off + _int8(case).reshape(-1, case.N)[rows == i]
+        error = (dy_i.abs() * off).sum(dim=0) / one.magnitude.double().abs()
+        found[f"magnitude{i}"] = torch.where(used, error, 0.0)
+    return found
+
+
 def adapter_budget(case: AdapterCase, engine: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return (truth, budget) of y and of every gradient, by name, fp64.
 
         2 max|plain - truth| + ulp(truth) + 4 sqrt(depth) 2^-24 sum|terms| + gain error
 
     `plain` is the same formula in fp32 torch, rounded once; `terms` are the products that the
-    exact sum consists of; the gain error is the norm's, times what the gain multiplies.
+    exact sum consists of; the gain error is the norm's, times what the gain multiplies. For a
+    magnitude's gradient also what the rounding of the saved y does to it.
 
     Args:
         case: the call.
@@ -198,6 +227,7 @@ def adapter_budget(case: AdapterCase, engine: bool) -> dict[str, tuple[torch.Ten
     plain = _differentiated(case, torch.float32, "value")
     size = _differentiated(case, torch.float64, "size")
     gain = _gain_error(case, split=engine)
+    output = _rounded_output(case, truth["y"]) if case.dropout_p == 0 else {}
     dtypes = {n: t.dtype for n, t in case.leaves().items()} | {"y": case.x.dtype}
     M, N, K = len(case.rows_of()), case.N, case.K
     found = {}
@@ -209,11 +239,13 @@ def adapter_budget(case: AdapterCase, engine: bool) -> dict[str, tuple[torch.Ten
         budget = 4 * math.sqrt(depths.get(kind, M)) * U * size[name] + ulp(value, dtypes[name])
         if name in gain:
             budget = budget + gain[name]
+        if name in output:
+            budget = budget + output[name]
         if value.numel():
             off = (plain[name].to(dtypes[name]).double() - value).abs()
             budget = budget + 2 * off.max()
         found[name] = (value, budget)
-    if case.compute == "int8" and isinstance(case.base, WeightCase):
+    if case.compute == "int8":
         found["y"] = (truth["y"], found["y"][1] + _int8(case))
     if engine:
         found["x"] = (truth["x"], found["x"][1] + _rounded_gradient(case))
@@ -231,7 +263,8 @@ def _gain_of_rows(case: AdapterCase) -> torch.Tensor:
 
 def _int8(case: AdapterCase) -> torch.Tensor:
     """What compute="int8" adds, times the gain: it changes the product of x with W only."""
-    assert isinstance(case.base, WeightCase)
+    if not isinstance(case.base, WeightCase):
+        raise TypeError('compute="int8" needs an NF4 base')
     dense = case.dense(case.x.dtype).double()
     error = int8_error(case.x.reshape(-1, case.K), dense, case.base.scales())
     if case.dropout_p == 0:
