@@ -8,6 +8,7 @@ import pickle
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -234,6 +235,24 @@ class TestModule:
             fresh = copy.deepcopy(layer)
             fresh.invalidate()
             assert_same_bits(layer(x).detach(), fresh(x).detach())
+
+    def test_conv1d_is_not_copied_in_every_call(self) -> None:
+        base = make_base("conv1d", 12, 33)
+        before = base.weight.detach().clone()
+        x = make_x((5, 33), torch.float32)
+        y = base(x).detach()
+        layer = make(True, base, fill=False)
+        assert layer._tables()[0][0].is_contiguous()
+        assert_same_bits(layer.weight.detach(), before)
+        state = safetensors.torch.load(safetensors.torch.save(layer.state_dict()))
+        assert_same_bits(state["base_layer.weight"], before)
+        assert isinstance(layer.state_dict(keep_vars=True)["base_layer.weight"], nn.Parameter)
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+        copied.load_state_dict(state)
+        for other in (layer, copied, layer.double().float()):
+            assert other._tables()[0][0].is_contiguous()
+        size = 4 * 33**0.5 * 2.0**-24 * x.abs() @ before.abs()
+        assert ((layer(x) - y).abs() <= 2 * size + ulp(y, torch.float32)).all()
 
     def test_what_is_trained(self) -> None:
         base = make_base("dense", 12, 33)

@@ -20,6 +20,16 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def _save_contiguous(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    """Hand Conv1D's weight out in the order it came in, as safetensors demands."""
+    key = f"{prefix}base_layer.weight"
+    weight = state_dict.get(key)
+    if isinstance(weight, torch.Tensor) and not isinstance(weight, nn.Parameter):
+        state_dict[key] = weight.contiguous()
+
+
 class LoRALinear(Adapter):
     """y = x W^T + b + scaling (dropout(x) A^T) B^T (+ scaling lora_bias), in one fused op.
 
@@ -62,6 +72,11 @@ class LoRALinear(Adapter):
         """Wrap the layer; see the class."""
         super().__init__(base_layer, r, **options)
         self.out_features, self.in_features = self.lora_B.shape[0], self.lora_A.shape[1]
+        if self.transposed:
+            # [K, N] as before, but with the memory order of [N, K], which the op would otherwise
+            # copy in every call.
+            self.weight.data = self.weight.data.t().contiguous().t()
+            self.register_state_dict_post_hook(_save_contiguous)  # type: ignore[no-untyped-call]
 
     @classmethod
     def _check_base(cls, base_layer: nn.Module) -> None:
