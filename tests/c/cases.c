@@ -4,93 +4,15 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "plain.h"
-
-enum { kMaxBuffers = 128 };
-
-static const feinwerk_dtype kDtypes[] = {FEINWERK_FLOAT32, FEINWERK_BFLOAT16, FEINWERK_FLOAT16};
-
-// What one run of check_case shares: the sizes, where it is, and every buffer it took.
-typedef struct context {
-  const test_case* test;
-  const char* isa;
-  const char* step;
-  uint64_t random;
-  feinwerk_executor executor;
-  void* buffers[kMaxBuffers];
-  int buffer_count;
-} context;
-
-static void fail(const context* run, const char* what, int64_t index, double got, double want) {
-  const test_case* test = run->test;
-  fprintf(stderr,
-          "FAILED %s on %s: %s[%lld] is %.9g, want %.9g\n"
-          "  case m=%lld n=%lld k=%lld blocksize=%lld dtype=%d nested=%d shift=%d threads=%lld "
-          "seed=%llu\n",
-          run->step, run->isa, what, (long long)index, got, want, (long long)test->m,
-          (long long)test->n, (long long)test->k, (long long)test->blocksize, (int)test->dtype,
-          test->nested, test->shift, (long long)test->threads, (unsigned long long)test->seed);
-  exit(1);
-}
-
-static void expect_ok(const context* run, feinwerk_status status) {
-  if (status == FEINWERK_OK) return;
-  fprintf(stderr, "%s\n", feinwerk_last_error());
-  fail(run, "status", 0, status, FEINWERK_OK);
-}
-
-// `count` elements that end where the heap block ends, so that ASan sees one byte too far. Filled
-// with 0xff: NaN to the floating-point types, so an element left unwritten is noticed.
-static void* take(context* run, int64_t count, size_t element) {
-  const size_t shift = run->test->shift ? element : 0;
-  const size_t bytes = (size_t)count * element;
-  unsigned char* block = malloc(shift + bytes + (shift + bytes == 0));
-  if (!block || run->buffer_count == kMaxBuffers) fail(run, "buffers", run->buffer_count, 0, 0);
-  memset(block, 0xff, shift + bytes);
-  run->buffers[run->buffer_count++] = block;
-  return block + shift;
-}
-
-static void* take_workspace(context* run, int64_t bytes) {
-  void* block = aligned_alloc(64, bytes > 0 ? (size_t)(bytes + 63) / 64 * 64 : 64);
-  if (!block || run->buffer_count == kMaxBuffers) fail(run, "workspace", 0, 0, (double)bytes);
-  run->buffers[run->buffer_count++] = block;
-  return block;
-}
+#include "adapter_cases.h"
+#include "context.h"
 
 uint64_t next_random(uint64_t* state) {
   uint64_t z = (*state += 0x9e3779b97f4a7c15u);
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return z ^ (z >> 31);
-}
-
-static float uniform(context* run) {  // in (-1, 1)
-  return (float)((double)(next_random(&run->random) >> 40) * 0x1p-23 - 1.0);
-}
-
-// Roughly normal, a zero stretch and an outlier here and there.
-static void* random_values(context* run, int64_t count, feinwerk_dtype dtype) {
-  void* values = take(run, count, plain_size(dtype));
-  int64_t zeros = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    float value = uniform(run) + uniform(run) + uniform(run);
-    const uint64_t kind = next_random(&run->random) % 4096;
-    if (kind < 4) zeros = 150;
-    if (kind > 4090) value *= 20;
-    plain_store(values, dtype, i, zeros > 0 ? 0 : value);
-    if (zeros > 0) --zeros;
-  }
-  return values;
-}
-
-static void same_bytes(context* run, const char* what, const void* got, const void* want,
-                       int64_t bytes) {
-  const uint8_t *a = got, *b = want;
-  for (int64_t i = 0; i < bytes; ++i)
-    if (a[i] != b[i]) fail(run, what, i, a[i], b[i]);
 }
 
 static void last_first(void* self, int64_t tasks, void (*fn)(void*, int64_t), void* arg) {
@@ -222,12 +144,6 @@ static void check_embedding(context* run, const feinwerk_nf4_weight* weight) {
   same_bytes(run, "out", out, want, count * (int64_t)size);
 }
 
-static double* widen(context* run, const void* values, feinwerk_dtype dtype, int64_t count) {
-  double* wide = take(run, count, sizeof(double));
-  for (int64_t i = 0; i < count; ++i) wide[i] = (double)plain_load(values, dtype, i);
-  return wide;
-}
-
 // One product y[rows, outer] = a[rows, inner] @ B + bias against doubles, where B(o, i) is element
 // o * outer_stride + i * inner_stride of the weight. slack[row * outer + o] is added to the budget.
 static void check_product(context* run, const void* got, const void* a, int64_t rows, int64_t outer,
@@ -237,7 +153,6 @@ static void check_product(context* run, const void* got, const void* a, int64_t 
   double* wide = widen(run, a, dtype, rows * inner);
   double* want = take(run, rows * outer, sizeof(double));
   double* budget = take(run, rows * outer, sizeof(double));
-  double most = 0;
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t o = 0; o < outer; ++o) {
       double sum = bias ? bias[o] : 0, size = fabs(sum);
@@ -248,43 +163,10 @@ static void check_product(context* run, const void* got, const void* a, int64_t 
       }
       const int64_t at = row * outer + o;
       want[at] = sum;
-      budget[at] = plain_ulp(sum, dtype) + 4 * sqrt((double)inner + 1) * 0x1p-24 * size +
-                   (slack ? slack[at] : 0);
-      if (fabs(sum) > most) most = fabs(sum);
+      budget[at] = sum_error(inner, size) + (slack ? slack[at] : 0);
     }
   }
-  for (int64_t at = 0; at < rows * outer; ++at) {
-    const double value = plain_load(got, dtype, at);
-    if (!(fabs(value - want[at]) <= budget[at] + plain_ulp(most, dtype)))
-      fail(run, "y", at, value, want[at]);
-  }
-}
-
-// What rounding x to 8 bits per 64 elements, and the codebook to 8 bits, may add to each y.
-static double* int8_slack(context* run, const void* x, const feinwerk_nf4_weight* weight,
-                          const double* dense) {
-  const test_case* test = run->test;
-  const double* wide = widen(run, x, test->dtype, test->m * test->k);
-  double* slack = take(run, test->m * test->n, sizeof(double));
-  double* most = take(run, test->k, sizeof(double));
-  for (int64_t row = 0; row < test->m; ++row) {
-    const double* values = wide + row * test->k;
-    for (int64_t i = 0; i < test->k; ++i) {
-      most[i] = 0;
-      for (int64_t j = i / 64 * 64; j < test->k && j < i / 64 * 64 + 64; ++j)
-        most[i] = fmax(most[i], fabs(values[j]));
-    }
-    for (int64_t o = 0; o < test->n; ++o) {
-      double sum = 0;
-      for (int64_t i = 0; i < test->k; ++i) {
-        const int64_t element = o * test->k + i;
-        const double absmax = plain_nf4_absmax(weight, element / weight->blocksize);
-        sum += most[i] * fabs(dense[element]) + fabs(values[i] * absmax);
-      }
-      slack[row * test->n + o] = sum / 127;
-    }
-  }
-  return slack;
+  check_values(run, "y", got, dtype, want, budget, rows * outer);
 }
 
 static void check_linear(context* run, const feinwerk_nf4_weight* weight, const double* dense,
@@ -375,7 +257,8 @@ void check_case(const test_case* test) {
   check_linear(&run, &weight, dense, FEINWERK_COMPUTE_EXACT, 1);
   check_linear(&run, &weight, dense, FEINWERK_COMPUTE_INT8, 1);
   check_backward(&run, &weight, dense);
-  while (run.buffer_count > 0) free(run.buffers[--run.buffer_count]);
+  check_adapters(&run, &weight);
+  free_buffers(&run);
 }
 
 void check_case_on_every_isa(const test_case* test) {

@@ -11,6 +11,7 @@ typedef struct test_case {
   feinwerk_dtype dtype;
   int nested;      /* double quantization */
   int shift;       /* 1: buffers start one element past an aligned address */
+  int64_t rank;    /* of the first adapter; 0: random */
   int64_t threads; /* more than 1: tasks run through an executor, the last first */
   uint64_t seed;
 } test_case;

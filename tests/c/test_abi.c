@@ -10,46 +10,28 @@
 #include <string.h>
 
 #include "cases.h"
+#include "errors.h"
+#include "plain.h"
 
-enum { kRows = 6, kCols = 50, kCount = kRows * kCols, kBlocks = (kCount + 63) / 64, kM = 3 };
+int checks = 0;
 
-static int checks = 0;
-
-#define CHECK(condition)                                                     \
-  do {                                                                       \
-    ++checks;                                                                \
-    if (!(condition)) {                                                      \
-      fprintf(stderr, "FAILED %s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      exit(1);                                                               \
-    }                                                                        \
-  } while (0)
-
-static void expect(int line, feinwerk_status want, const char* message, feinwerk_status got) {
+void expect_at(const char* file, int line, feinwerk_status want, const char* message,
+               feinwerk_status got) {
   ++checks;
   if (got == want && (!message || strncmp(feinwerk_last_error(), message, strlen(message)) == 0))
     return;
-  fprintf(stderr, "FAILED %s:%d: status %d with \"%s\", want %d with \"%s...\"\n", __FILE__, line,
+  fprintf(stderr, "FAILED %s:%d: status %d with \"%s\", want %d with \"%s...\"\n", file, line,
           (int)got, feinwerk_last_error(), (int)want, message ? message : "");
   exit(1);
 }
 
-// Copies the arguments `good` of an operation, breaks one field and expects "<op>: <message>...".
-#define REJECTS(op, good, field, value, message)                                              \
-  do {                                                                                        \
-    feinwerk_##op##_args bad = good;                                                          \
-    bad.field = value;                                                                        \
-    expect(__LINE__, FEINWERK_INVALID_ARGUMENT, #op ": " message, feinwerk_##op(&bad, NULL)); \
-  } while (0)
-
-#define ACCEPTS(call) expect(__LINE__, FEINWERK_OK, NULL, call)
-
 // One small quantized weight that the error tests break in turn.
-static float values[kCount], absmax[kBlocks], x[kM * kCols], y[kM * kCols], out[kM * kCols * 8];
-static float nested_absmax[1], nested_codebook[256], nested_offset[1], bias[kRows];
-static uint8_t packed[kCount / 2], codes[kCount];
-static int64_t indices[kM] = {0, kRows - 1, 2};
+float values[kCount], absmax[kBlocks], x[kM * kCols], y[kM * kCols], out[kM * kCols * 8];
+float nested_absmax[1], nested_codebook[256], nested_offset[1], bias[kRows];
+uint8_t packed[kCount / 2], codes[kCount];
+int64_t indices[kM] = {0, kRows - 1, 2};
 
-static feinwerk_nf4_weight plain_weight(void) {
+feinwerk_nf4_weight plain_weight(void) {
   return (feinwerk_nf4_weight){.rows = kRows,
                                .cols = kCols,
                                .blocksize = 64,
@@ -59,7 +41,7 @@ static feinwerk_nf4_weight plain_weight(void) {
                                .absmax_count = kBlocks};
 }
 
-static feinwerk_nf4_weight nested_weight(void) {
+feinwerk_nf4_weight nested_weight(void) {
   feinwerk_nf4_weight weight = plain_weight();
   weight.absmax = NULL;
   weight.absmax_codes = codes;
@@ -70,7 +52,7 @@ static feinwerk_nf4_weight nested_weight(void) {
   return weight;
 }
 
-static void* workspace(int64_t bytes) {
+void* workspace(int64_t bytes) {
   void* block = aligned_alloc(64, bytes > 0 ? (size_t)(bytes + 63) / 64 * 64 : 64);
   CHECK(block != NULL);
   return block;
@@ -120,37 +102,9 @@ static void test_quantize_errors(void) {
   ACCEPTS(feinwerk_nf4_quantize(&nothing, NULL));
 }
 
-// The rules of a weight hold in every operation that takes one.
-#define TEST_WEIGHT_ERRORS(op, args)                                                          \
-  do {                                                                                        \
-    feinwerk_##op##_args base = args;                                                         \
-    ACCEPTS(feinwerk_##op(&base, NULL));                                                      \
-    expect(__LINE__, FEINWERK_INVALID_ARGUMENT, #op ": args must not be null",                \
-           feinwerk_##op(NULL, NULL));                                                        \
-    REJECTS(op, base, weight.packed, NULL, "packed must not be null");                        \
-    REJECTS(op, base, weight.packed_bytes, 149, "packed_bytes must be 150");                  \
-    REJECTS(op, base, weight.packed_bytes, 300, "packed_bytes must be 150");                  \
-    REJECTS(op, base, weight.absmax, NULL, "absmax must not be null");                        \
-    REJECTS(op, base, weight.absmax_count, 4, "absmax_count must be 5, got 4");               \
-    REJECTS(op, base, weight.absmax_codes, codes, "absmax must be given either");             \
-    REJECTS(op, base, weight.blocksize, 96, "blocksize must be a power of two");              \
-    REJECTS(op, base, weight.rows, -1, "rows x cols must not be negative");                   \
-    REJECTS(op, base, weight.cols, -1, "rows x cols must not be negative");                   \
-    REJECTS(op, base, weight.rows, INT64_MAX, "rows x cols must stay below");                 \
-    REJECTS(op, base, weight.rows, kRows + 1, "packed_bytes must be 175");                    \
-    REJECTS(op, base, dtype, (feinwerk_dtype)7, "dtype must be float32");                     \
-    REJECTS(op, base, dtype, (feinwerk_dtype) - 1, "dtype must be float32");                  \
-    base.weight = nested_weight();                                                            \
-    ACCEPTS(feinwerk_##op(&base, NULL));                                                      \
-    REJECTS(op, base, weight.nested_absmax, NULL, "nested_absmax must not be");               \
-    REJECTS(op, base, weight.nested_codebook, NULL, "nested_codebook must not");              \
-    REJECTS(op, base, weight.nested_offset, NULL, "nested_offset must not be");               \
-    REJECTS(op, base, weight.nested_absmax_count, 2, "nested_absmax_count must be 1, got 2"); \
-  } while (0)
-
 static void test_dequantize_errors(void) {
   feinwerk_nf4_dequantize_args good = {plain_weight(), out, FEINWERK_FLOAT32, kCount};
-  TEST_WEIGHT_ERRORS(nf4_dequantize, good);
+  TEST_WEIGHT_ERRORS(nf4_dequantize, good, weight);
   REJECTS(nf4_dequantize, good, out, NULL, "out must not be null");
   REJECTS(nf4_dequantize, good, out_count, kCount - 1, "out_count must be 300, got 299");
 }
@@ -158,7 +112,7 @@ static void test_dequantize_errors(void) {
 static void test_embedding_errors(void) {
   feinwerk_nf4_embedding_args good = {plain_weight(),   indices,   kM, out,
                                       FEINWERK_FLOAT32, kM * kCols};
-  TEST_WEIGHT_ERRORS(nf4_embedding, good);
+  TEST_WEIGHT_ERRORS(nf4_embedding, good, weight);
   REJECTS(nf4_embedding, good, out, NULL, "out must not be null");
   REJECTS(nf4_embedding, good, indices, NULL, "indices must not be null");
   REJECTS(nf4_embedding, good, indices_count, -1, "indices_count must not be negative");
@@ -178,7 +132,7 @@ static void test_linear_errors(void) {
                                         FEINWERK_COMPUTE_EXACT, 1, &good.workspace_bytes));
   good.workspace = workspace(good.workspace_bytes);
 #define BREAK(field, value, rule) REJECTS(nf4_linear, good, field, value, rule)
-  TEST_WEIGHT_ERRORS(nf4_linear, good);
+  TEST_WEIGHT_ERRORS(nf4_linear, good, weight);
   BREAK(x, NULL, "x must not be null for 150 elements, got null");
   BREAK(y, NULL, "y must not be null for 18 elements, got null");
   BREAK(m, -1, "m must not be negative, got -1");
@@ -216,7 +170,7 @@ static void test_backward_errors(void) {
                                                  &good.workspace_bytes));
   good.workspace = workspace(good.workspace_bytes);
 #define BREAK(field, value, rule) REJECTS(nf4_linear_backward, good, field, value, rule)
-  TEST_WEIGHT_ERRORS(nf4_linear_backward, good);
+  TEST_WEIGHT_ERRORS(nf4_linear_backward, good, weight);
   BREAK(grad_y, NULL, "grad_y must not be null for 18 elements");
   BREAK(grad_x, NULL, "grad_x must not be null for 150 elements");
   BREAK(m, -1, "m must not be negative, got -1");
@@ -272,6 +226,36 @@ static void test_blockwise_errors(void) {
 #undef BREAK
 }
 
+// The published vectors of Philox4x32-10, and which word an element has (docs/philox.md).
+static void test_philox(void) {
+  static const uint32_t vectors[3][10] = {
+      {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+      {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff, 0x408f276d,
+       0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
+      {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09,
+       0x94fdcceb, 0x5001e420, 0x24126ea1},
+  };
+  uint32_t words[4];
+  for (int i = 0; i < 3; ++i) {
+    plain_philox(vectors[i], vectors[i] + 4, words);
+    CHECK(memcmp(words, vectors[i] + 6, sizeof words) == 0);
+  }
+  // Column 64 b + 16 j + i of a row has word j of the counter 16 b + i.
+  feinwerk_dropout dropout = {.seed = 0x0123456789abcdefu, .keep_scale = 2};
+  for (int64_t column = 0; column < 200; ++column) {
+    const uint32_t counter[4] = {(uint32_t)(column / 64 * 16 + column % 16), 0, 7, 1};
+    const uint32_t key[2] = {0x89abcdef, 0x01234567};
+    const int64_t row = (int64_t)1 << 32 | 7;
+    plain_philox(counter, key, words);
+    dropout.drop_below = words[column / 16 % 4];
+    CHECK(dropout.drop_below > 0 && plain_dropout(&dropout, row, column) == 2);
+    ++dropout.drop_below;
+    CHECK(plain_dropout(&dropout, row, column) == 0);
+  }
+  dropout.drop_below = 0;
+  CHECK(plain_dropout(&dropout, 3, 5) == 1);
+}
+
 static void test_isas(void) {
   const int64_t count = feinwerk_isa_count();
   CHECK(count >= 1 && strcmp(feinwerk_isa_name(0), "scalar") == 0 && feinwerk_isa_available(0));
@@ -306,6 +290,12 @@ static void test_values(size_t first) {
       {.m = 70, .n = 90, .k = 700, .blocksize = 128, .nested = 1, .threads = 4},
       {.m = 5, .n = 40, .k = 300, .blocksize = 4096, .shift = 1, .threads = 4},
       {.m = 16, .n = 300, .k = 64, .blocksize = 64, .nested = 1, .threads = 2},
+      // Past what adapters take at once: ranks, chunks of rows, columns of W for the gradient.
+      {.m = 9, .n = 70, .k = 130, .blocksize = 64, .rank = 300, .threads = 2},
+      {.m = 4, .n = 40, .k = 192, .blocksize = 64, .rank = 70, .nested = 1, .threads = 3},
+      {.m = 1100, .n = 7, .k = 65, .blocksize = 64, .nested = 1, .threads = 3},
+      {.m = 20, .n = 1100, .k = 70, .blocksize = 64, .nested = 1, .threads = 2},
+      {.m = 6, .n = 3, .k = 2100, .blocksize = 64, .threads = 2},
   };
   for (size_t i = 0; i < sizeof cases / sizeof *cases && i < first; ++i) {
     for (int dtype = 0; dtype < 3; ++dtype) {
@@ -364,7 +354,9 @@ int main(int argc, char** argv) {
   test_embedding_errors();
   test_linear_errors();
   test_backward_errors();
+  test_adapter_errors();
   test_blockwise_errors();
+  test_philox();
   test_isas();
   test_values(argc > 1 && strcmp(argv[1], "--small") == 0 ? 6 : SIZE_MAX);
   printf("test_abi: %d checks passed; instruction sets:", checks);
