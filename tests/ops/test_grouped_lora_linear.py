@@ -87,6 +87,8 @@ def test_rows_without_an_adapter_are_the_base_s(backend: str) -> None:
         rows = case.index == -1
         y = case.run(wants=())["y"][rows]
         testing.assert_within_budget(y, case.x[rows], case.base.dense(dtype), case.bias)
+        if backend != "reference":
+            assert_same_bits(y, case.base.linear(case.x, case.bias)[rows])
 
 
 def test_one_adapter_for_all_rows_is_the_single_call(backend: str) -> None:

@@ -136,7 +136,7 @@ def _differentiated(case: AdapterCase, dtype: torch.dtype, kind: str) -> dict[st
     found = gains(case)
     for i, one in enumerate(found):
         if one is not None:
-            leaves[f"magnitude{i}"] = (one[2] if plain else one[2].abs()).to(dtype)
+            leaves[f"magnitude{i}"] = (one[2] if plain else one[2].abs()).to(dtype).detach()
     for leaf in leaves.values():
         leaf.requires_grad_()
     mixes: dict[int, Mix] = {-1: (1.0, 0.0, 1.0)}
