@@ -191,6 +191,17 @@ class TestAdding:
         for key, value in model.state_dict().items():
             assert_same_bits(value, before[key], key)
 
+    def test_a_weight_that_is_not_finite(self) -> None:
+        model = make_model()
+        with torch.no_grad():
+            model.layers[1].down.weight[0, 0] = torch.nan
+        with pytest.raises(
+            ValueError, match=r"layers\.1\.down: LoRALinear: base_layer\.weight must"
+        ):
+            add_adapters(model, 4, lora_alpha=8, init="pissa")
+        assert adapters_of(model) == {}
+        assert all(p.requires_grad for p in model.parameters())
+
     def test_more_rejections(self) -> None:
         with pytest.raises(ValueError, match="model must contain the layers to wrap"):
             add_adapters(nn.Linear(3, 3), 4, lora_alpha=8)

@@ -77,7 +77,6 @@ class Adapter(nn.Module):
         self._kept: tuple[nn.Module, KeptWeight | None] | None = None
         weight = base_layer._parameters["weight"]
         assert weight is not None
-        weight.requires_grad_(False)
         shape_A, shape_B = self.shapes(base_layer, r)
         options: Any = {"dtype": dtype, "device": weight.device}
         self.lora_A = nn.Parameter(torch.zeros(shape_A, **options))
@@ -87,6 +86,9 @@ class Adapter(nn.Module):
         self.register_buffer("initial_A", None)
         self.register_buffer("initial_B", None)
         self._initialise(init, iterations)
+        frozen = self.base_layer._parameters["weight"]
+        assert frozen is not None
+        frozen.requires_grad_(False)
         self.train(base_layer.training)
 
     @classmethod
@@ -132,6 +134,11 @@ class Adapter(nn.Module):
             )
             if r > most:
                 _checks.reject(ValueError, op, "r", f"be at most {most} for init={init!r}", r)
+            dense = base_layer.dequantize() if isinstance(base_layer, NF4Module) else weight
+            if not bool(dense.isfinite().all()):
+                count = int((~dense.isfinite()).sum())
+                rule = f"be finite for init={init!r}"
+                _checks.reject(ValueError, op, "base_layer.weight", rule, f"{count} bad elements")
             if not lora_alpha:
                 _checks.reject(ValueError, op, "lora_alpha", f"not be 0 for init={init!r}", 0)
 

@@ -17,8 +17,8 @@ class NF4Linear(NF4Module, nn.Linear):
     The weight takes about 4.13 bits an element and is never expanded. A subclass of
     `torch.nn.Linear`, so adapters wrap it like any Linear; its state dict has bitsandbytes' keys.
     `half()`, `bfloat16()`, `float()` and `to(dtype)` change `dtype` (and the bias), never the
-    codes. y has the dtype of x. Merging an adapter into the codes is an error; call
-    `feinwerk.nn.dequantize_model` first.
+    codes. y has the dtype of x. Stock PEFT cannot merge an adapter into the codes (call
+    `feinwerk.nn.dequantize_model` first); Feinwerk's adapters can.
 
     The constructor makes a zero weight to load a checkpoint into; `from_linear` quantizes one.
 

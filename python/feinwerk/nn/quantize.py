@@ -138,7 +138,7 @@ def quantize_model(
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     """Replace every NF4Linear and NF4Embedding of `model` by its dense layer, in place.
 
-    The way to merge an adapter: dequantize the base, then merge into it.
+    The way to merge an adapter with stock PEFT: dequantize the base, then merge into it.
 
     Args:
         model: any module that contains NF4 layers, a PEFT model included.
