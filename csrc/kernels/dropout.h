@@ -7,46 +7,55 @@
 #ifndef FEINWERK_KERNELS_DROPOUT_H_
 #define FEINWERK_KERNELS_DROPOUT_H_
 
-#include "kernels/decode.h"
+#include "feinwerk/feinwerk.h"
+#include "simd/simd.h"
 
 namespace feinwerk {
 namespace {
 
 constexpr int64_t kDropBlock = 64;
 
-// keep[c]: all bits set where column 64 block + c of a row stays, else none.
-// Plain loops over 16 counters, which the compiler turns into vectors.
-inline void keep_block(const feinwerk_dropout& dropout, int64_t row, int64_t block,
-                       uint32_t (&keep)[kDropBlock]) {
-  constexpr int kLanes = 16;
-  uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
-  const uint64_t first = static_cast<uint64_t>(block) * kLanes, r = static_cast<uint64_t>(row);
-  for (int i = 0; i < kLanes; ++i) {
-    c0[i] = static_cast<uint32_t>(first) + static_cast<uint32_t>(i);
-    c1[i] = static_cast<uint32_t>(first >> 32);
-    c2[i] = static_cast<uint32_t>(r);
-    c3[i] = static_cast<uint32_t>(r >> 32);
+// keep[c]: all bits set where column 64 block + c of a row stays, else none, for n blocks: a round
+// waits for the one before, so several vectors go side by side.
+template <int n>
+inline void keep_blocks(const feinwerk_dropout& dropout, int64_t row, int64_t block,
+                        uint32_t* keep) {
+  constexpr int kCounters = 16;
+  constexpr int kVectors = kCounters / kWidth;
+  static constexpr uint32_t kCount[kCounters] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                 8, 9, 10, 11, 12, 13, 14, 15};
+  const uint64_t r = static_cast<uint64_t>(row);
+  I c[4][n * kVectors];
+  for (int v = 0; v < n * kVectors; ++v) {
+    const uint64_t first = static_cast<uint64_t>(block + v / kVectors) * kCounters;
+    // `first` ends in four zero bits.
+    c[0][v] = xor_words(set1_words(static_cast<uint32_t>(first)),
+                        load_dwords(kCount + v % kVectors * kWidth));
+    c[1][v] = set1_words(static_cast<uint32_t>(first >> 32));
+    c[2][v] = set1_words(static_cast<uint32_t>(r));
+    c[3][v] = set1_words(static_cast<uint32_t>(r >> 32));
   }
+  const I m0 = set1_words(0xD2511F53), m1 = set1_words(0xCD9E8D57);
   uint32_t k0 = static_cast<uint32_t>(dropout.seed);
   uint32_t k1 = static_cast<uint32_t>(dropout.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < kLanes; ++i) {
-      const uint64_t p0 = uint64_t{0xD2511F53} * c0[i], p1 = uint64_t{0xCD9E8D57} * c2[i];
-      c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
-      c1[i] = static_cast<uint32_t>(p1);
-      c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
-      c3[i] = static_cast<uint32_t>(p0);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9, k1 += 0xBB67AE85) {
+    const I key0 = set1_words(k0), key1 = set1_words(k1);
+    for (int v = 0; v < n * kVectors; ++v) {
+      I high0, low0, high1, low1;
+      multiply_words(c[0][v], m0, &high0, &low0);
+      multiply_words(c[2][v], m1, &high1, &low1);
+      c[0][v] = xor_words(xor_words(high1, c[1][v]), key0);
+      c[1][v] = low1;
+      c[2][v] = xor_words(xor_words(high0, c[3][v]), key1);
+      c[3][v] = low0;
     }
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
   }
-  const uint32_t below = dropout.drop_below;
-  for (int i = 0; i < kLanes; ++i) {
-    keep[i] = c0[i] >= below ? ~uint32_t{0} : 0;
-    keep[16 + i] = c1[i] >= below ? ~uint32_t{0} : 0;
-    keep[32 + i] = c2[i] >= below ? ~uint32_t{0} : 0;
-    keep[48 + i] = c3[i] >= below ? ~uint32_t{0} : 0;
-  }
+  for (int v = 0; v < n * kVectors; ++v)
+    for (int word = 0; word < 4; ++word)
+      store_words(keep + v / kVectors * kDropBlock + word * kCounters + v % kVectors * kWidth,
+                  c[word][v]);
+  for (int i = 0; i < n * kDropBlock; ++i)
+    keep[i] = keep[i] >= dropout.drop_below ? ~uint32_t{0} : 0;
 }
 
 inline float kept(float x, uint32_t keep) {
@@ -62,14 +71,16 @@ inline uint16_t kept(uint16_t x, uint32_t keep) { return static_cast<uint16_t>(x
 template <class Element>
 inline void drop_row(const feinwerk_dropout& dropout, int64_t row, int64_t column, int64_t count,
                      const Element* x, Element* out) {
-  for (int64_t i = 0; i < count; i += kDropBlock) {
-    uint32_t keep[kDropBlock];
-    keep_block(dropout, row, (column + i) / kDropBlock, keep);
-    if (count - i >= kDropBlock)
-      for (int64_t j = 0; j < kDropBlock; ++j) out[i + j] = kept(x[i + j], keep[j]);
-    else
-      for (int64_t j = 0; j < count - i; ++j) out[i + j] = kept(x[i + j], keep[j]);
+  constexpr int64_t kPair = 2 * kDropBlock;
+  uint32_t keep[kPair];
+  int64_t i = 0;
+  for (; i + kPair <= count; i += kPair) {
+    keep_blocks<2>(dropout, row, (column + i) / kDropBlock, keep);
+    for (int64_t j = 0; j < kPair; ++j) out[i + j] = kept(x[i + j], keep[j]);
   }
+  if (i == count) return;
+  keep_blocks<2>(dropout, row, (column + i) / kDropBlock, keep);
+  for (int64_t j = 0; j < count - i; ++j) out[i + j] = kept(x[i + j], keep[j]);
 }
 
 // values[i] *= keep_scale where element (row, column + i) stays, else 0.

@@ -79,6 +79,10 @@ void finish_vector(const LinearArgs& args, int64_t row, int64_t m_rows, const Ve
   using Element = typename Dtype::Element;
   for_each_piece(args, row, m_rows, [&](const Piece& piece) {
     const feinwerk_adapter& adapter = *piece.adapter;
+    // The next group's rows of B, while its codes are read.
+    const int64_t next = (rows.n + kGemvGroup) * adapter.r, size = kGemvGroup * adapter.r;
+    for (int64_t l = 0; l < min64(size, args.weight.nf4.rows * adapter.r - next); l += 16)
+      __builtin_prefetch(adapter.lora_B + next + l);
     for (int64_t i = 0; i < rows.count; i += kWidth) {
       F gain = zero();
       if (is_dora(adapter)) {
@@ -88,17 +92,17 @@ void finish_vector(const LinearArgs& args, int64_t row, int64_t m_rows, const Ve
         gain = load(gains);
       }
       for (int64_t j = 0; j < adapter.r; j += kWidth) {
-        const int64_t size = min64(kWidth, adapter.r - j);
+        const int64_t ranks = min64(kWidth, adapter.r - j);
         F b[kWidth];
         for (int64_t l = 0; l < kWidth; ++l)
           b[l] = i + l < rows.count
-                     ? read_part<Float32>(adapter.lora_B + (rows.n + i + l) * adapter.r + j, size)
+                     ? read_part<Float32>(adapter.lora_B + (rows.n + i + l) * adapter.r + j, ranks)
                      : zero();
         transpose(b);
         for (int64_t m = piece.begin; m < piece.end; ++m) {
           float* const y = out + m * kGemvGroup + i;
           F sum = load(y);
-          for (int64_t l = 0; l < size; ++l)
+          for (int64_t l = 0; l < ranks; ++l)
             sum = fma(b[l], set1(t[piece.t + (j + l) * kWidth + m]), sum);
           store(y, sum);
         }

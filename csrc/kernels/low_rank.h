@@ -51,42 +51,46 @@ void shrink(const typename Dtype::Element* x, int64_t rows, int64_t length, int6
     }
 }
 
-// The same sums for `rows` rows of x, few enough for their accumulators, straight from A [r,
-// length].
-template <class Dtype, int rows, int n_ranks = 4>
-void dot_rows(const typename Dtype::Element* x, int64_t length, const float* A, int64_t j,
-              int64_t r, float* out) {
-  for (; j + n_ranks <= r; j += n_ranks) {
-    F sums[n_ranks][rows];
-    for (auto& rank : sums)
-      for (F& sum : rank) sum = zero();
-    for (int64_t k = 0; k < length; k += kWidth) {
-      F lanes[rows];
+// The same sums for a few rows of x, straight from A [r, length]: one row of A after the other, as
+// it comes from memory once and in one stream.
+template <class Dtype, int rows>
+void dot_rows(const typename Dtype::Element* x, int64_t length, const float* A, int64_t r,
+              float* out) {
+  constexpr int kSums = 4;  // of every row of x, so that additions overlap
+  for (int64_t j = 0; j < r; ++j, A += length) {
+    F sums[kSums][rows];
+    for (auto& part : sums)
+      for (F& sum : part) sum = zero();
+    int64_t k = 0;
+    for (; k + kSums * kWidth <= length; k += kSums * kWidth)
 #pragma GCC unroll 4
-      for (int m = 0; m < rows; ++m) lanes[m] = read_part<Dtype>(x + m * length + k, length - k);
+      for (int i = 0; i < kSums; ++i) {
+        const int64_t at = k + i * kWidth;
+        const F a = load(A + at);
 #pragma GCC unroll 4
-      for (int i = 0; i < n_ranks; ++i) {
-        const F a = read_part<Float32>(A + (j + i) * length + k, length - k);
-#pragma GCC unroll 4
-        for (int m = 0; m < rows; ++m) sums[i][m] = fma(a, lanes[m], sums[i][m]);
+        for (int m = 0; m < rows; ++m)
+          sums[i][m] = fma(a, Dtype::read(x + m * length + at), sums[i][m]);
       }
-    }
-    for (int i = 0; i < n_ranks; ++i)
-      for (int m = 0; m < rows; ++m) out[(j + i) * kWidth + m] = reduce_add(sums[i][m]);
+    for (; k < length; k += kWidth)
+      for (int m = 0; m < rows; ++m)
+        sums[0][m] = fma(read_part<Float32>(A + k, length - k),
+                         read_part<Dtype>(x + m * length + k, length - k), sums[0][m]);
+    for (int m = 0; m < rows; ++m)
+      out[j * kWidth + m] =
+          reduce_add(add(add(sums[0][m], sums[1][m]), add(sums[2][m], sums[3][m])));
   }
-  if constexpr (n_ranks > 1) dot_rows<Dtype, rows, 1>(x, length, A, j, r, out);
 }
 template <class Dtype>
 void dot_few_rows(const typename Dtype::Element* x, int64_t rows, int64_t length, const float* A,
                   int64_t r, float* out) {
   if (rows == 1)
-    dot_rows<Dtype, 1>(x, length, A, 0, r, out);
+    dot_rows<Dtype, 1>(x, length, A, r, out);
   else if (rows == 2)
-    dot_rows<Dtype, 2>(x, length, A, 0, r, out);
+    dot_rows<Dtype, 2>(x, length, A, r, out);
   else if (rows == 3)
-    dot_rows<Dtype, 3>(x, length, A, 0, r, out);
+    dot_rows<Dtype, 3>(x, length, A, r, out);
   else
-    dot_rows<Dtype, 4>(x, length, A, 0, r, out);
+    dot_rows<Dtype, 4>(x, length, A, r, out);
 }
 
 // Panels of a row-major matrix [.., length].

@@ -160,6 +160,16 @@ inline I dot_codes(I acc, Table8 t, I codes, const int8_t* x_high, const int8_t*
 }
 inline F to_float(I x) { return _mm256_cvtepi32_ps(x); }
 
+inline I set1_words(uint32_t x) { return _mm256_set1_epi32(static_cast<int32_t>(x)); }
+inline void store_words(uint32_t* p, I x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+inline I xor_words(I a, I b) { return _mm256_xor_si256(a, b); }
+inline void multiply_words(I a, I b, I* high, I* low) {
+  const I even = _mm256_mul_epu32(a, b);
+  const I odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), _mm256_srli_epi64(b, 32));
+  *low = _mm256_blend_epi32(even, _mm256_shuffle_epi32(odd, 0xa0), 0xaa);
+  *high = _mm256_blend_epi32(_mm256_shuffle_epi32(even, 0xf5), odd, 0xaa);
+}
+
 }  // namespace
 }  // namespace feinwerk
 

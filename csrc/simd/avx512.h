@@ -298,6 +298,16 @@ inline I decode_words(I table, const SplitWords& codes) {
 #define FEINWERK_AMX 1
 #endif
 
+inline I set1_words(uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t>(x)); }
+inline void store_words(uint32_t* p, I x) { _mm512_storeu_si512(p, x); }
+inline I xor_words(I a, I b) { return _mm512_xor_si512(a, b); }
+inline void multiply_words(I a, I b, I* high, I* low) {
+  const I even = _mm512_mul_epu32(a, b);
+  const I odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), _mm512_srli_epi64(b, 32));
+  *low = _mm512_mask_shuffle_epi32(even, 0xaaaa, odd, static_cast<_MM_PERM_ENUM>(0xa0));
+  *high = _mm512_mask_shuffle_epi32(odd, 0x5555, even, static_cast<_MM_PERM_ENUM>(0xf5));
+}
+
 }  // namespace
 }  // namespace feinwerk
 

@@ -141,6 +141,17 @@ inline I dot_codes(I acc, Table8 t, I codes, const int8_t* x_high, const int8_t*
 }
 inline F to_float(I x) { return vcvtq_f32_s32(x); }
 
+inline I set1_words(uint32_t x) { return vreinterpretq_s32_u32(vdupq_n_u32(x)); }
+inline void store_words(uint32_t* p, I x) { vst1q_u32(p, vreinterpretq_u32_s32(x)); }
+inline I xor_words(I a, I b) { return veorq_s32(a, b); }
+inline void multiply_words(I a, I b, I* high, I* low) {
+  const uint32x4_t x = vreinterpretq_u32_s32(a), y = vreinterpretq_u32_s32(b);
+  const uint32x4_t first = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(x), vget_low_u32(y)));
+  const uint32x4_t second = vreinterpretq_u32_u64(vmull_high_u32(x, y));
+  *low = vreinterpretq_s32_u32(vuzp1q_u32(first, second));
+  *high = vreinterpretq_s32_u32(vuzp2q_u32(first, second));
+}
+
 }  // namespace
 }  // namespace feinwerk
 

@@ -161,6 +161,22 @@ inline F to_float(I x) {
   return lanes([&](int i) { return static_cast<float>(x.v[i]); });
 }
 
+inline I set1_words(uint32_t x) {
+  return int_lanes([&](int) { return static_cast<int32_t>(x); });
+}
+inline void store_words(uint32_t* p, I x) { memcpy(p, x.v, sizeof(x.v)); }
+inline I xor_words(I a, I b) {
+  return int_lanes([&](int i) { return a.v[i] ^ b.v[i]; });
+}
+inline void multiply_words(I a, I b, I* high, I* low) {
+  for (int i = 0; i < kWidth; ++i) {
+    const uint64_t product =
+        uint64_t{static_cast<uint32_t>(a.v[i])} * static_cast<uint32_t>(b.v[i]);
+    high->v[i] = static_cast<int32_t>(product >> 32);
+    low->v[i] = static_cast<int32_t>(product & 0xffffffff);
+  }
+}
+
 }  // namespace
 }  // namespace feinwerk
 

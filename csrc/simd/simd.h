@@ -15,6 +15,7 @@
 //   store_codes(p, codes)      packs kWidth codes into kWidth / 2 bytes
 //   transpose(rows)            a kWidth x kWidth matrix of dwords in place
 //   dot_codes(acc, table8, v, x_high, x_low)   8 products of signed bytes a lane (see kBias8)
+//   set1_words store_words xor_words multiply_words(a, b, high, low)   lanes as unsigned words
 //   kMicroRows kMicroVectors   the register tile of the matrix product
 //
 // AVX-512 adds decode32_bf16 (32 codes to bf16 at once); with BF16 or AMX flags also the words of
