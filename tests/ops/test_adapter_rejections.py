@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import feinwerk
-from feinwerk import testing
+from feinwerk import _native, testing
 
 N, K, R, M = 6, 96, 2, 3
 NF4 = testing.make_weight(N, K)
@@ -240,22 +240,54 @@ def test_the_check_runs_in_front_of_the_registered_ops() -> None:
         torch.ops.feinwerk.lora_linear(
             X, W, None, None, None, None, None, [A], [B], scaling, None, [ONES], None, None, None
         )
-    backward = (X, torch.ones(M, R), None, W, None, None, None, None, None, [A], [B], scaling)
+    weight = (W, None, None, None, None, None, [A], [B], scaling)
     cases: Cases = [
         ({"grad_y": torch.ones(M, 5)}, ValueError, "grad_y must have last dimension N = 6"),
         ({"grad_y": torch.ones(2, N)}, ValueError, "grad_y must be torch.float32 with the rows"),
         ({"grad_y": torch.ones(M, N).half()}, ValueError, "grad_y must be torch.float32 with the"),
         ({"wants": [True]}, ValueError, "wants must have 5 entries, got 1"),
         ({"magnitude": [ONES]}, ValueError, "weight_norm must be given with magnitude, got None"),
+        ({"S": torch.ones(M, 1)}, ValueError, r"S must be float32 of shape \(3, 2\), got torch.fl"),
+        ({"S": torch.ones(2, R)}, ValueError, r"S must be float32 of shape \(3, 2\), got torch.fl"),
+        ({"S": torch.ones(M, R).half()}, ValueError, "S must be float32 of shape"),
+        ({"y": torch.ones(M, 5)}, ValueError, r"y must be like grad_y, got torch.float32 \(3, 5\)"),
+        ({"y": torch.ones(M, N).half()}, ValueError, "y must be like grad_y, got torch.float16"),
     ]
     for change, error, message in cases:
-        values: dict[str, Any] = {"grad_y": torch.ones(M, N), "wants": [True] * 5, "magnitude": []}
-        values |= change
+        values: dict[str, Any] = {"grad_y": torch.ones(M, N), "S": torch.ones(M, R), "y": None}
+        values |= {"wants": [True] * 5, "magnitude": [], **change}
         with pytest.raises(error, match=f"lora_linear_backward: {message}"):
             torch.ops.feinwerk.lora_linear_backward(
-                values["grad_y"], *backward, None, values["magnitude"], None, None,
-                wants=values["wants"],
+                values["grad_y"], X, values["S"], values["y"], *weight, None, values["magnitude"],
+                None, None, wants=values["wants"],
             )  # fmt: skip
+
+
+SEGMENTS = (
+    [[0, 99], [0, 0]],
+    [[0, 2], [1, 3]],
+    [[2, 3], [0, 2]],
+    [[-1, 2], [2, 3]],
+    [[3, 1], [1, 3]],
+)
+
+
+@pytest.mark.parametrize("segments", SEGMENTS, ids=str)
+@pytest.mark.skipif(not _native.available(), reason="needs the native extension")
+def test_segments_that_leave_the_rows(segments: list[list[int]]) -> None:
+    rows = torch.tensor(segments)
+    with pytest.raises(ValueError, match=r"lora_linear.*: row_begin and row_end must ascend"):
+        torch.ops.feinwerk.lora_linear(
+            X, W, None, None, None, None, None, [A, A], [B, B], torch.ones(2), rows, [], None, None,
+            None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.skipif(not _native.available(), reason="needs the native extension")
+def test_a_scaling_tensor_is_looked_at_by_the_kernel(value: float) -> None:
+    with pytest.raises(ValueError, match="lora_linear: scaling must be finite, got"):
+        feinwerk.lora_linear(X, W, A, B, scaling=torch.tensor(value))
 
 
 def test_a_rejection_under_compile_keeps_its_message() -> None:

@@ -10,7 +10,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from feinwerk import nf4_dequantize, nf4_embedding, nf4_linear, nf4_linear_backward, nf4_quantize
+from feinwerk import (
+    dora_linear,
+    nf4_dequantize,
+    nf4_embedding,
+    nf4_linear,
+    nf4_linear_backward,
+    nf4_quantize,
+)
 from feinwerk.testing import (
     WeightCase,
     assert_same_bits,
@@ -20,6 +27,7 @@ from feinwerk.testing import (
     make_x,
     use_backend,
 )
+from feinwerk.testing.adapters import Adapter, AdapterCase
 
 pytestmark = pytest.mark.full
 
@@ -79,6 +87,31 @@ def test_linear_backward(name: str, huge: Huge) -> None:
     with use_backend(name):
         grad_x = nf4_linear_backward(grad_y, *huge.tables, N=N, K=K)
     assert_within_budget(grad_x, grad_y[:, -ROWS:], huge.dense.t())
+
+
+@pytest.mark.parametrize("name", BEST)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_dora_linear(name: str, huge: Huge, rows: int) -> None:
+    # Rows of W that are zero have a gain of zero: A and B meet the last rows only.
+    x, A = make_x((rows, K), torch.float32), make_x((3, K), torch.float32)
+    B, magnitude, base_norm = torch.zeros(N, 3), torch.zeros(N), torch.zeros(N)
+    B[-ROWS:] = make_x((ROWS, 3), torch.float32)
+    magnitude[-ROWS:] = base_norm[-ROWS:] = huge.dense.norm(dim=1)
+    grad_y = torch.zeros(rows, N)
+    grad_y[:, -ROWS:] = make_x((rows, ROWS), torch.float32)
+    for leaf in (x, A, B, magnitude):
+        leaf.requires_grad_()
+    weight, absmax, *nested = huge.tables
+    nf4 = dict(zip(("nested_absmax", "nested_codebook", "nested_offset"), nested, strict=True))
+    with use_backend(name):
+        y = dora_linear(
+            x, weight, A, B, magnitude, absmax=absmax, **nf4, base_norm=base_norm, scaling=0.5
+        )
+        y.backward(grad_y)
+    part = Adapter(A.detach(), B[-ROWS:].detach(), 0.5, magnitude[-ROWS:].detach())
+    case = AdapterCase(x.detach(), huge.dense, (part,), grad_y[:, -ROWS:])
+    got = {"x": x.grad, "A0": A.grad, "B0": B.grad[-ROWS:], "magnitude0": magnitude.grad[-ROWS:]}
+    case.check({"y": y[:, -ROWS:].detach(), **got})
 
 
 @pytest.mark.parametrize("name", BEST)

@@ -6,6 +6,7 @@ magnitude, and `segments` says which rows of x are whose.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -193,6 +194,13 @@ def _check_backward(
     if grad_y.dtype != x.dtype or grad_y.shape[:-1] != x.shape[:-1]:
         rule = f"be {x.dtype} with the rows of x"
         _checks.reject(ValueError, op, "grad_y", rule, f"{grad_y.dtype} {tuple(grad_y.shape)}")
+    kept = (math.prod(x.shape[:-1]), max(A.shape[0] for A in lora_A))
+    if S.dtype != torch.float32 or tuple(S.shape) != kept:
+        rule = f"be float32 of shape {kept}"
+        _checks.reject(ValueError, op, "S", rule, f"{S.dtype} {tuple(S.shape)}")
+    if y is not None and (y.dtype != grad_y.dtype or y.shape != grad_y.shape):
+        rule = "be like grad_y"
+        _checks.reject(ValueError, op, "y", rule, f"{y.dtype} {tuple(y.shape)}")
     tables = (weight, absmax, nested_absmax, nested_codebook, nested_offset)
     _check_base(op, x, tables, bias, N, K, blocksize)
     _check_norm(op, "weight_norm", weight_norm, (len(lora_A), N), x)
