@@ -33,6 +33,8 @@ def refuse_config(label: str, base: nn.Module, config: Any) -> None:
     else:
         return
     init = config.init_lora_weights
+    if init == "lora_ga" and not hasattr(base, "_peft_loraga_grad"):
+        init = True  # what PEFT makes of it without gradients, as when an adapter is loaded
     if not any(init is known or init == known for known in _INITS[kind]):
         known = ", ".join(map(repr, _INITS[kind]))
         rule = f"be one of {known} over {kind} (initialize before quantizing for the others)"
