@@ -147,6 +147,8 @@ static void check_norms(context* run, const call* made, const float* const* befo
       same_bytes(run, "weight_norm (known)", adapter->weight_norm, before[e], n * 4);
       continue;
     }
+    if (adapter->scaling == 0)  // no change: the gain is exactly what it is without one
+      same_bytes(run, "weight_norm (no change)", adapter->weight_norm, adapter->base_norm, n * 4);
     double* budget = take(run, n, sizeof(double));
     for (int64_t i = 0; i < n; ++i) {
       // Of the square; A in two halves of 8 bits each leaves 2^-18 of its products with W.

@@ -13,11 +13,12 @@ int main(int argc, char** argv) {
   const long iterations = argc > 1 ? strtol(argv[1], NULL, 10) : 40;
   uint64_t random = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
   for (long i = 0; i < iterations; ++i) {
-    const int wide = below(&random, 8) == 0;  // now and then past a tile in every direction
+    const int wide = below(&random, 8) == 0;    // now and then past a tile in every direction
+    const int vector = below(&random, 4) == 0;  // shapes that the matrix-vector kernels take
     const test_case test = {
-        .m = below(&random, wide ? 80 : 20),
+        .m = vector ? 1 + below(&random, 6) : below(&random, wide ? 80 : 20),
         .n = below(&random, wide ? 90 : 40),
-        .k = below(&random, wide ? 700 : 300),
+        .k = vector ? 64 * (1 + below(&random, 6)) : below(&random, wide ? 700 : 300),
         .blocksize = (int64_t)32 << below(&random, 8),
         .dtype = (feinwerk_dtype)below(&random, 3),
         .nested = (int)below(&random, 2),

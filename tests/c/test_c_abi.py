@@ -63,6 +63,28 @@ def test_every_word_of_every_isa(folder: Path) -> None:
         assert "checks passed" in result.stdout
 
 
+def test_examples_of_the_docs_run(folder: Path, tmp_path: Path) -> None:
+    # tests/test_docs.py compiles them; here they are linked with the core and run.
+    compiler = shutil.which("cc")
+    assert compiler, "CMake has found one"
+    text = (cbuild.ROOT / "docs" / "c_api.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```c\n(.*?)^```", text, re.M | re.S)
+    assert len(examples) == 2
+    for i, source in enumerate(examples):
+        file, program = tmp_path / f"example_{i}.c", tmp_path / f"example_{i}"
+        file.write_text(source)
+        include = f"-I{cbuild.ROOT / 'csrc' / 'include'}"
+        libraries = (folder / "libfeinwerk_core.a", "-lstdc++", "-lm")
+        built = cbuild.run(compiler, "-std=c11", include, file, *libraries, "-o", program)
+        assert built.returncode == 0, built.stderr
+        result = cbuild.run(program)
+        assert result.returncode == 0, result.stderr
+        promised = re.findall(r"// -> (.*)$", source, re.M)
+        printed = result.stdout.splitlines()
+        assert printed
+        assert not promised or printed == promised
+
+
 def object_symbols(path: Path) -> list[tuple[str, str]]:
     """(type, name) of every symbol of an object file."""
     nm = shutil.which("nm")
