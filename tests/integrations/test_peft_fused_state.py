@@ -174,6 +174,21 @@ def test_hotswap(tmp_path: Path, base: str, method: str, prepared: bool) -> None
         cases.assert_output_near(ours(X), cases.in_double(stock), X)
 
 
+def test_hotswap_of_a_compiled_model_does_not_recompile(tmp_path: Path) -> None:
+    other = cases.make("nf4", r=2, lora_alpha=7)
+    cases.randomize(other, seed=8)
+    other.save_pretrained(tmp_path)
+    torch._dynamo.reset()
+    model = cases.fused(cases.make("nf4")).eval()
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=6)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        before = compiled(X)
+        hotswap.hotswap_adapter(compiled, tmp_path, adapter_name="default")
+        assert not torch.equal(compiled(X), before)
+        cases.assert_output_near(compiled(X), cases.in_double(other), X)
+
+
 def test_norms_are_kept_only_where_they_are_certain() -> None:
     model = cases.fused(cases.make("nf4", "dora", lora_dropout=0.1))
     layer = model.base_model.model.up
