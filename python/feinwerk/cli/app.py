@@ -9,7 +9,15 @@ import typer
 
 from feinwerk.cli.console import Display
 from feinwerk.cli.errors import CommandError
-from feinwerk.cli.settings import DEFAULT_DATASET, DEFAULT_MODEL, DEFAULT_STEPS, Settings, check
+from feinwerk.cli.settings import (
+    DEFAULT_DATASET,
+    DEFAULT_METHOD,
+    DEFAULT_MODEL,
+    DEFAULT_STEPS,
+    METHODS,
+    Settings,
+    check,
+)
 
 app = typer.Typer(
     name="feinwerk",
@@ -50,6 +58,13 @@ def quickstart(
             "answer in each line."
         ),
     ] = DEFAULT_DATASET,
+    method: Annotated[
+        str,
+        typer.Option(
+            help=f"What is trained: {', '.join(METHODS)}. A leading q holds the weights in NF4, "
+            "the others leave them dense."
+        ),
+    ] = DEFAULT_METHOD,
     steps: Annotated[
         int | None, typer.Option(help="Optimizer steps.", show_default=str(DEFAULT_STEPS))
     ] = None,
@@ -59,7 +74,9 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Of adapters, data order and bootstrap.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Peak rate of AdamW.")] = 1e-3,
     rank: Annotated[int, typer.Option(help="LoRA rank r.")] = 16,
-    lora_alpha: Annotated[int, typer.Option(help="LoRA scaling is lora_alpha / r.")] = 32,
+    lora_alpha: Annotated[
+        int, typer.Option(help="LoRA scaling is lora_alpha / r, with rslora / sqrt(r).")
+    ] = 32,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens of an example; longer ones are cut.")] = (
         320
@@ -93,16 +110,24 @@ def quickstart(
         bool,
         typer.Option(help="Generate answers before and after: samples and token F1."),
     ] = True,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare",
+            help="Afterwards, train a few steps with stock PEFT too (over bitsandbytes for methods "
+            "with q), in turn on the same data, and report time per step and peak memory.",
+        ),
+    ] = False,
     cache: Annotated[
         bool,
         typer.Option(help="Keep the converted model (0.5 GB) in the user's cache for next time."),
     ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only results and errors.")] = False,
 ) -> None:
-    """Fine-tune a small chat model whose weights are held in NF4, and show that it learned.
+    """Fine-tune a small chat model, by default one held in NF4, and show that it learned.
 
-    Loads the model, quantizes every decoder Linear to NF4, trains LoRA adapters, measures held-out
-    questions before and after, and writes the adapter (PEFT's format), report.md and loss.png.
+    Loads the model, quantizes every decoder Linear to NF4, trains LoRA or DoRA adapters, measures
+    held-out questions before and after, and writes adapter (PEFT's format), report.md and loss.png.
     Ctrl-C in training stops after the step and keeps a checkpoint; --resume goes on.
 
     Exit status: 0 done; 1 the held-out loss did not fall by 15 % in a full run, or the fall's 95 %

@@ -13,7 +13,7 @@ import torch
 from feinwerk.cli.errors import CommandError
 
 FILE_NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 def save(directory: Path, state: dict[str, Any]) -> Path:

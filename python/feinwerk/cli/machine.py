@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -14,7 +15,7 @@ import torch
 
 import feinwerk
 
-PACKAGES = ("torch", "transformers", "peft", "gguf", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "gguf", "numpy")
 
 
 def describe_machine() -> dict[str, str]:
@@ -52,6 +53,12 @@ def reset_peak_memory() -> None:
     """Start a new measurement of the peak; without Linux's clear_refs the peak only grows."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def return_free_memory() -> None:
+    """Give what the allocator holds unused back to the system, where it can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory() -> int:

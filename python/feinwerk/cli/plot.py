@@ -1,10 +1,12 @@
-"""Draws the loss curve: every step, its running mean, and the held-out loss before and after."""
+"""Draws the loss curve with the held-out loss before and after, and time and memory beside PEFT."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+
+from feinwerk.cli.compare import Comparison
 
 INK = "#1f2933"
 FAINT = "#9aa5b1"
@@ -97,6 +99,51 @@ def draw_loss_curve(
     axes.spines["bottom"].set_color(FAINT)
     figure.text(0.085, 0.925, title, color=INK, fontsize=13.5, fontweight="bold")
     figure.text(0.085, 0.87, subtitle, color="#616e7c", fontsize=9.5)
+    figure.savefig(path, facecolor="white")
+    plt.close(figure)
+
+
+def draw_comparison(path: Path, result: Comparison, method: str) -> None:
+    """Write two pairs of bars as a PNG: time per step, every step a dot, and peak memory.
+
+    Args:
+        path: where to write it.
+        result: what was measured.
+        method: its name, for the title.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sides, colours = (result.ours, result.theirs), (HELD_OUT, FAINT)
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.7), dpi=160)
+    figure.subplots_adjust(left=0.235, right=0.95, top=0.66, bottom=0.06, wspace=0.18)
+    panels = (
+        ("seconds per training step", [side.step for side in sides], "{:.3g} s"),
+        ("peak memory while training", [side.peak / 2**20 for side in sides], "{:,.0f} MiB"),
+    )
+    for axis, (title, values, form) in zip(axes, panels, strict=True):
+        axis.barh([1, 0], values, height=0.62, color=colours)
+        for y, value in zip((1, 0), values, strict=True):
+            axis.text(
+                0.02 * max(values), y, form.format(value), va="center", color="white",
+                fontsize=10.5, fontweight="bold",
+            )  # fmt: skip
+        axis.set_title(title, loc="left", color="#616e7c", fontsize=9.5)
+        axis.set_yticks([1, 0], ["Feinwerk", result.peer], color=INK, fontsize=10)
+        axis.set_xticks([])
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    for y, side in zip((1, 0), sides, strict=True):
+        axes[0].plot(side.seconds, [y] * len(side.seconds), "|", color=INK, markersize=7)
+    axes[1].set_yticks([])
+    saved = 1 - result.ours.peak / result.theirs.peak
+    memory = f"{100 * abs(saved):.0f} % {'less' if saved >= 0 else 'more'} memory"
+    figure.text(
+        0.012, 0.9, f"{method}: a training step {result.ratio.median:.1f}x as fast, {memory}",
+        color=INK, fontsize=13.5, fontweight="bold",
+    )  # fmt: skip
     figure.savefig(path, facecolor="white")
     plt.close(figure)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from feinwerk.cli import checkpoint, data, evaluation, machine, model, report, training
+from feinwerk.cli import checkpoint, compare, data, evaluation, machine, model, report, training
 from feinwerk.cli.console import Display
 from feinwerk.cli.errors import CommandError, require
 from feinwerk.cli.evaluation import HeldOut
@@ -57,10 +58,11 @@ class Quickstart:
         chosen = evaluation.choose_for_generation(held_out, GENERATED) if settings.generate else []
         before = HeldOut.from_dict(saved["before"]) if saved else None
         if before is None or len(before.answers) != len(chosen):
-            before = self._measure("evaluating the NF4 model", base, tokenizer, held_out, chosen)
+            title = f"evaluating the {settings.base_name}"
+            before = self._measure(title, base, tokenizer, held_out, chosen)
         self._say_loss("before", before)
 
-        adapted = model.attach_lora(base, settings, source)
+        adapted = model.attach_adapters(base, settings, source)
         steps = self._steps(len(train))
         trainer = training.Trainer(adapted, train, settings, steps)
         if saved is not None:
@@ -94,6 +96,9 @@ class Quickstart:
             is_full_run=trainer.steps >= DEFAULT_STEPS,
         )
         self._write(outcome, adapted)
+        if settings.compare:
+            outcome = replace(outcome, comparison=self._compare(trainer, source))
+            report.write_report(self.folder, outcome)
         return outcome
 
     def _prepare_folder(self, saved: dict[str, Any] | None) -> None:
@@ -110,6 +115,9 @@ class Quickstart:
         with self.display.phase("loading libraries"):
             for package in ("transformers", "peft", "safetensors", "matplotlib"):
                 require(package, command="feinwerk quickstart")
+            if settings.compare and settings.quantized:
+                command = f"feinwerk quickstart --method {settings.method} --compare"
+                require("bitsandbytes", command=command, install="pip install bitsandbytes")
             model.quiet_libraries()
         title = "loading the model"
         if not model.is_cached(source):
@@ -118,25 +126,23 @@ class Quickstart:
             machine.reset_peak_memory()
             base, tokenizer = model.load_model(source, cache=settings.cache)
             self.memory[title] = machine.peak_memory()
-        dtype = model.resolve_dtype(settings.dtype)
-        with self.display.phase("quantizing to NF4", total=1) as bar:
+        title = "quantizing to NF4" if settings.quantized else "casting the weights"
+        with self.display.phase(title, total=1) as bar:
             machine.reset_peak_memory()
 
             def show(done: int, total: int, name: str) -> None:
                 bar.total(total)
                 bar.update(done, name.removeprefix("model."))
 
-            sizes = model.quantize(base, settings, show)
-            base.to(dtype)
-            sizes["model_after"] = model.tensor_bytes(base)
-            self.memory["quantizing to NF4"] = machine.peak_memory()
+            sizes = model.hold(base, settings, show)
+            self.memory[title] = machine.peak_memory()
         mib = {name: size / 2**20 for name, size in sizes.items()}
+        dtype = str(model.resolve_dtype(settings.dtype)).removeprefix("torch.")
         self.display.line(
-            f"{sizes['linears']} Linear layers in NF4: {mib['linears_before']:.0f} -> "
-            f"{mib['linears_after']:.0f} MiB; whole model {mib['model_before']:.0f} -> "
-            f"{mib['model_after']:.0f} MiB; peak memory of the process "
-            f"{self.memory['quantizing to NF4'] / 2**20:.0f} MiB; activations "
-            f"{str(dtype).removeprefix('torch.')}"
+            f"{sizes['linears']} Linear layers in {'NF4' if settings.quantized else dtype}: "
+            f"{mib['linears_before']:.0f} -> {mib['linears_after']:.0f} MiB; whole model "
+            f"{mib['model_before']:.0f} -> {mib['model_after']:.0f} MiB; peak memory of the "
+            f"process {self.memory[title] / 2**20:.0f} MiB; activations {dtype}"
         )
         return base, tokenizer, sizes
 
@@ -257,11 +263,22 @@ class Quickstart:
                 outcome.before.loss,
                 outcome.after.loss,
                 title=f"Held-out loss falls by {100 * outcome.fall.value:.1f} %",
-                subtitle=f"{outcome.source.name.rsplit('/', 1)[-1]} in NF4 with LoRA "
-                f"r = {outcome.settings.rank} · {outcome.dataset.name} · "
-                f"{outcome.machine['cores used']} threads, {outcome.machine['processor']}",
+                subtitle=f"{outcome.source.name.rsplit('/', 1)[-1]}, "
+                f"{outcome.settings.method_name} r = {outcome.settings.rank} · "
+                f"{outcome.dataset.name} · {outcome.machine['cores used']} threads, "
+                f"{outcome.machine['processor']}",
             )
         report.write_report(self.folder, outcome)
+
+    def _compare(self, trainer: training.Trainer, source: model.Source) -> compare.Comparison:
+        """Train on with stock PEFT beside ours; the trained adapter is on disk already."""
+        from feinwerk.cli.plot import draw_comparison
+
+        result = compare.run(trainer, self.settings, source, self.display)
+        draw_comparison(self.folder / "comparison.png", result, self.settings.method_name)
+        for sentence in result.sentences():
+            self.display.line(sentence)
+        return result
 
     def _say_loss(self, when: str, part: HeldOut) -> None:
         self.display.line(
@@ -276,7 +293,8 @@ def show_outcome(outcome: report.Outcome, folder: Path, display: Display) -> Non
         example = outcome.held_out[outcome.generated[at]].example
         display.line("")
         display.line(f"question      {example.question}", "bold")
-        display.line(f"NF4 model     {_one_line(outcome.before.answers[at])}", "dim")
+        title = outcome.settings.base_name
+        display.line(f"{title:<12}  {_one_line(outcome.before.answers[at])}", "dim")
         display.line(f"with adapter  {_one_line(outcome.after.answers[at])}")
     display.line("")
     if outcome.f1_gain is not None:
@@ -285,7 +303,10 @@ def show_outcome(outcome: report.Outcome, folder: Path, display: Display) -> Non
             f"(95 % interval {outcome.f1_gain.low:+.3f} to {outcome.f1_gain.high:+.3f})"
         )
     display.line(f"{sum(outcome.seconds.values()):.0f} s in all")
-    for title, name in (("adapter", "adapter"), ("report", "report.md"), ("curve", "loss.png")):
+    files = [("adapter", "adapter"), ("report", "report.md"), ("curve", "loss.png")]
+    if outcome.comparison is not None:
+        files.append(("beside", "comparison.png"))
+    for title, name in files:
         display.result(f"{title:<8} {(folder / name).resolve()}")
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from feinwerk.cli.compare import Comparison
 from feinwerk.cli.data import Dataset, Encoded
 from feinwerk.cli.evaluation import HeldOut, Interval, token_f1
 from feinwerk.cli.model import Source
@@ -42,6 +43,7 @@ class Outcome:
     machine: Mapping[str, str]
     versions: Mapping[str, str]
     is_full_run: bool
+    comparison: Comparison | None = None
 
     @property
     def verdict(self) -> tuple[bool, str]:
@@ -108,6 +110,7 @@ def _numbers(outcome: Outcome) -> dict[str, Any]:
         "seconds": dict(outcome.seconds),
         "machine": dict(outcome.machine),
         "versions": dict(outcome.versions),
+        "comparison": outcome.comparison.to_dict() if outcome.comparison else None,
     }
 
 
@@ -119,12 +122,11 @@ def _lines(outcome: Outcome) -> list[str]:
         "",
         f"**{'Passed' if passed else 'Failed'}:** {sentence}.",
         "",
-        f"{outcome.source.name} with {outcome.sizes['linears']} Linear layers held in NF4 "
-        f"(blocksize {settings.blocksize}, double quantization "
-        f"{'on' if settings.double_quant else 'off'}), fine-tuned with LoRA "
-        f"(r = {settings.rank}, {outcome.trainable:,} trained values) on {outcome.dataset.name}.",
+        f"{outcome.source.name} with {outcome.sizes['linears']} Linear layers {_form(settings)}, "
+        f"fine-tuned with {settings.method_name} (r = {settings.rank}, {outcome.trainable:,} "
+        f"trained values) on {outcome.dataset.name}.",
         "",
-        "| held-out questions | NF4 model | with adapter | change |",
+        f"| held-out questions | {settings.base_name} | with adapter | change |",
         "|---|---|---|---|",
         f"| loss, nats per answer token | {before.loss:.4f} | {after.loss:.4f} "
         f"| -{100 * outcome.fall.value:.1f} % ({100 * outcome.fall.low:.1f} to "
@@ -149,8 +151,16 @@ def _lines(outcome: Outcome) -> list[str]:
     lines += ["", "![loss curve](loss.png)", ""]
     lines += _samples(outcome)
     lines += _resources(outcome)
+    lines += _beside(outcome.comparison)
     lines += _how(outcome)
     return lines
+
+
+def _form(settings: Settings) -> str:
+    if not settings.quantized:
+        return "left dense"
+    nested = "on" if settings.double_quant else "off"
+    return f"held in NF4 (blocksize {settings.blocksize}, double quantization {nested})"
 
 
 def _samples(outcome: Outcome) -> list[str]:
@@ -163,7 +173,7 @@ def _samples(outcome: Outcome) -> list[str]:
         example = outcome.held_out[outcome.generated[at]].example
         lines += [
             f"| **question** | **{_cell(example.question)}** |",
-            f"| NF4 model | {_cell(outcome.before.answers[at])} |",
+            f"| {outcome.settings.base_name} | {_cell(outcome.before.answers[at])} |",
             f"| with adapter | {_cell(outcome.after.answers[at])} |",
             f"| answer in the data | {_cell(example.answer)} |",
         ]
@@ -191,7 +201,9 @@ def _resources(outcome: Outcome) -> list[str]:
         f"| {mib['linears_after']:.1f} MiB |",
         f"| the whole model | {mib['model_before']:.1f} MiB | {mib['model_after']:.1f} MiB |",
         "",
-        "Before: fp32. After: the Linears in NF4, the rest in the dtype of the activations.",
+        "Before: fp32. After: the Linears in NF4, the rest in the dtype of the activations."
+        if outcome.settings.quantized
+        else "Before: fp32. After: the dtype of the activations.",
         "",
         "| phase | seconds | peak resident memory |",
         "|---|---|---|",
@@ -205,15 +217,44 @@ def _resources(outcome: Outcome) -> list[str]:
     return lines
 
 
+def _beside(comparison: Comparison | None) -> list[str]:
+    if comparison is None:
+        return []
+    ours, theirs, ratio = comparison.ours, comparison.theirs, comparison.ratio
+    memory = [side.peak / 2**20 for side in (ours, theirs)]
+    grown = [(side.peak - side.resident) / 2**20 for side in (ours, theirs)]
+    return [
+        f"## Beside {comparison.peer}",
+        "",
+        f"| training | feinwerk | {comparison.peer} | |",
+        "|---|---|---|---|",
+        f"| seconds per step, median of {len(ours.seconds)} | {ours.step:.3g} | {theirs.step:.3g} "
+        f"| {ratio.median:.2f}x as fast (95 % interval {ratio.low:.2f} to {ratio.high:.2f}; 10 to "
+        f"90 % of the steps: {ratio.p10:.2f} to {ratio.p90:.2f}) |",
+        f"| peak resident memory | {memory[0]:,.0f} MiB | {memory[1]:,.0f} MiB "
+        f"| {memory[0] - memory[1]:+,.0f} MiB |",
+        f"| of it, grown in training steps | {grown[0]:,.0f} MiB | {grown[1]:,.0f} MiB "
+        f"| x {grown[0] / max(grown[1], 1e-9):.2f} |",
+        "",
+        "![time and memory](comparison.png)",
+        "",
+        "Both sides began with the same weights and adapters (fp32, PEFT's default) and trained "
+        "the same batches in turn, the first of each pair changing; a ratio is of one step. Their "
+        f"losses of the same step differ by at most {100 * comparison.loss_difference:.2g} %. "
+        "Memory: each side alone in a fresh process, on the widest of these batches.",
+        "",
+    ]
+
+
 def _how(outcome: Outcome) -> list[str]:
     settings, dataset = outcome.settings, outcome.dataset
     groups = len({e.example.group for e in outcome.held_out})
     lines = ["## How it was measured", ""]
     lines += [
-        f"- Baseline: the NF4 model without adapter. {outcome.train_examples} training examples; "
-        f"{len(outcome.held_out)} held-out ones of {groups} questions. A question, its translation "
-        "and its repetitions are always on the same side of the split, which is the same for "
-        "every seed.",
+        f"- Baseline: the {settings.base_name} without adapter. {outcome.train_examples} training "
+        f"examples; {len(outcome.held_out)} held-out ones of {groups} questions. A question, its "
+        "translation and its repetitions are always on the same side of the split, which is the "
+        "same for every seed.",
         "- Loss: over the tokens of the answers only; the questions are not learned.",
         "- Interval: 10,000 paired bootstrap resamples of whole questions.",
         "- Token F1: shared words of generated and true answer, as in SQuAD. It rewards the right "
@@ -244,7 +285,12 @@ def _how(outcome: Outcome) -> list[str]:
         'model = PeftModel.from_pretrained(base_model, "adapter")',
         "```",
         "",
-        "`base_model` is the model above; `feinwerk.quantize_model(base_model)` before this line "
-        "gives the model that was trained.",
+        "`base_model` is the model above"
+        + (
+            "; `feinwerk.quantize_model(base_model)` before this line gives the model that was "
+            "trained, and `feinwerk.integrations.peft.fuse(model)` after it the fused ops."
+            if settings.quantized
+            else "; `feinwerk.integrations.peft.fuse(model)` after this line gives the fused ops."
+        ),
     ]
     return lines

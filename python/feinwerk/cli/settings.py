@@ -10,10 +10,17 @@ from feinwerk.cli.errors import CommandError
 DEFAULT_MODEL = "smollm2"
 DEFAULT_DATASET = "construction-faq"
 DEFAULT_STEPS = 32
+DEFAULT_METHOD = "qlora"
+# A leading q: over NF4 weights; the others leave the weights dense.
+METHODS = {
+    "lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA", "qdora": "QDoRA", "rslora": "rsLoRA",
+}  # fmt: skip
 DTYPES = ("auto", "bfloat16", "float32")
 
 # They change where or how a run is shown, never its numbers' definition: a resumed run may differ.
-FREE_ON_RESUME = frozenset({"output", "threads", "checkpoint_every", "generate", "quiet", "cache"})
+FREE_ON_RESUME = frozenset(
+    {"output", "threads", "checkpoint_every", "generate", "compare", "quiet", "cache"}
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,7 @@ class Settings:
     output: str = "feinwerk-quickstart"
     model: str = DEFAULT_MODEL
     dataset: str = DEFAULT_DATASET
+    method: str = DEFAULT_METHOD
     steps: int | None = None
     epochs: float | None = None
     seed: int = 0
@@ -38,8 +46,24 @@ class Settings:
     double_quant: bool = True
     checkpoint_every: int = 20
     generate: bool = True
+    compare: bool = False
     cache: bool = True
     quiet: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the method holds the decoder's weights in NF4."""
+        return self.method.startswith("q")
+
+    @property
+    def base_name(self) -> str:
+        """What the model without adapter is called."""
+        return "NF4 model" if self.quantized else "dense model"
+
+    @property
+    def method_name(self) -> str:
+        """The method as its authors write it."""
+        return METHODS[self.method]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values."""
@@ -92,8 +116,10 @@ def check(settings: Settings) -> None:
     Raises:
         CommandError: naming the option and the rule.
     """
+    dense = f"--method {settings.method} has no NF4 weights"
     sizes = (32, 64, 128, 256, 512, 1024, 2048, 4096)
     rules: list[tuple[str, str, bool]] = [
+        ("method", f"be one of {', '.join(METHODS)}", settings.method in METHODS),
         ("steps", "be at least 1", settings.steps is None or settings.steps >= 1),
         ("epochs", "be above 0", settings.epochs is None or settings.epochs > 0),
         ("epochs", "be left out beside --steps", None in (settings.steps, settings.epochs)),
@@ -106,6 +132,8 @@ def check(settings: Settings) -> None:
         ("threads", "be 0 (all cores) or more", settings.threads >= 0),
         ("dtype", f"be one of {', '.join(DTYPES)}", settings.dtype in DTYPES),
         ("blocksize", f"be one of {', '.join(map(str, sizes))}", settings.blocksize in sizes),
+        ("blocksize", f"be left out: {dense}", settings.quantized or settings.blocksize == 64),
+        ("double_quant", f"be left out: {dense}", settings.quantized or settings.double_quant),
         ("checkpoint_every", "be at least 1", settings.checkpoint_every >= 1),
         ("seed", "be 0 or more", settings.seed >= 0),
     ]

@@ -71,11 +71,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 class Trainer:
-    """Adapters, their fp32 master copies, the optimizer and the place in the data.
-
-    The forward pass runs in the model's dtype; AdamW works on fp32 masters, which are rounded into
-    the adapters after every step (in fp32 the master is the adapter itself).
-    """
+    """The adapters (fp32 in a model of any dtype), the optimizer and the place in the data."""
 
     def __init__(self, model: Any, examples: Sequence[Encoded], settings: Settings, steps: int):
         """Start before step 0; `load_state_dict` goes elsewhere."""
@@ -90,12 +86,8 @@ class Trainer:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._names = [name for name, _ in named]
         self._adapters = [parameter for _, parameter in named]
-        self._masters = [
-            p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-            for p in self._adapters
-        ]
         self._optimizer = torch.optim.AdamW(
-            self._masters, lr=settings.learning_rate, weight_decay=0.0, fused=True
+            self._adapters, lr=settings.learning_rate, weight_decay=0.0, fused=True
         )
         self._lengths = [item.length for item in examples]
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
@@ -136,13 +128,14 @@ class Trainer:
         """
         self.model.train()
         while self.step < self.steps and not stop.requested:
-            on_step(self._one_step())
+            on_step(self.one_step())
             if self.step % self.settings.checkpoint_every == 0 and self.step < self.steps:
                 save()
         save()
         return self.step == self.steps
 
-    def _one_step(self) -> StepReport:
+    def one_step(self) -> StepReport:
+        """Train one step; its `seconds` are those of the trainer since step 0."""
         started = time.perf_counter()
         items = self.batch(self.step)
         batch = collate(items, pad=0)
@@ -157,28 +150,14 @@ class Trainer:
         rate = learning_rate(self.step, self.steps, self.settings.learning_rate)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._update()
+        torch.nn.utils.clip_grad_norm_(self._adapters, CLIP_NORM)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.losses.append(value)
         self.tokens.append(sum(item.length for item in items))
         self.seconds += time.perf_counter() - started
         return StepReport(self.step, self.steps, value, self.tokens[-1], self.seconds)
-
-    def _update(self) -> None:
-        for master, adapter in zip(self._masters, self._adapters, strict=True):
-            if master is not adapter:
-                master.grad = None if adapter.grad is None else adapter.grad.float()
-        torch.nn.utils.clip_grad_norm_(self._masters, CLIP_NORM)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._round_masters()
-
-    def _round_masters(self) -> None:
-        with torch.no_grad():
-            for master, adapter in zip(self._masters, self._adapters, strict=True):
-                adapter.grad = None
-                if master is not adapter:
-                    adapter.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step depends on, and the curve so far."""
@@ -188,7 +167,7 @@ class Trainer:
             "seconds": self.seconds,
             "losses": list(self.losses),
             "tokens": list(self.tokens),
-            "masters": {n: m.detach() for n, m in zip(self._names, self._masters, strict=True)},
+            "adapters": {n: p.detach() for n, p in zip(self._names, self._adapters, strict=True)},
             "optimizer": self._optimizer.state_dict(),
             "torch_rng": torch.get_rng_state(),
         }
@@ -199,14 +178,13 @@ class Trainer:
         Raises:
             CommandError: if the adapters are not the ones of the checkpoint.
         """
-        saved = state["masters"]
-        shapes = {n: tuple(m.shape) for n, m in zip(self._names, self._masters, strict=True)}
+        saved = state["adapters"]
+        shapes = {n: tuple(p.shape) for n, p in zip(self._names, self._adapters, strict=True)}
         if {name: tuple(tensor.shape) for name, tensor in saved.items()} != shapes:
             raise CommandError("quickstart: the checkpoint's adapters must be those of this model")
         with torch.no_grad():
-            for name, master in zip(self._names, self._masters, strict=True):
-                master.copy_(saved[name])
-        self._round_masters()
+            for name, adapter in zip(self._names, self._adapters, strict=True):
+                adapter.copy_(saved[name])
         self._optimizer.load_state_dict(state["optimizer"])
         self.step, self.steps = int(state["step"]), int(state["steps"])
         self.seconds = float(state["seconds"])
