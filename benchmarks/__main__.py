@@ -1,6 +1,6 @@
 """The one entry to the benchmarks: a process for each configuration, results merged as they come.
 
-make bench                                       everything, under 30 minutes on 2 idle cores
+make bench                                       everything, under 40 minutes on 2 idle cores
 make bench ARGS=--quick                          what the bars on time need, under 8 minutes
 make bench OP=nf4_linear SHAPE=4096x4096 ISA=avx2 THREADS=1
 """
@@ -21,7 +21,8 @@ from benchmarks.store import RESULTS, Store
 
 HERE = Path(__file__).resolve().parent
 PASS, NOTHING_COLLECTED = 0, 5
-COUNTED = ("memory", "adapter_memory", "saved")  # no pytest, a module of that name with records()
+# No pytest: a module of that name with records().
+COUNTED = ("memory", "adapter_memory", "saved", "quickstart")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -99,6 +99,7 @@ def tables(data: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     yield "Peak extra memory", list(matmul_table(data))
     yield "Peak memory of a step with adapters", list(bytes_table(data, "adapter_memory", 2**20))
     yield "Saved for the backward of one step", list(bytes_table(data, "saved", 1e6))
+    yield "The quickstart's training step", list(quickstart_table(data))
 
 
 def matmul_table(data: dict[str, Any]) -> Iterator[str]:
@@ -114,6 +115,22 @@ def matmul_table(data: dict[str, Any]) -> Iterator[str]:
     if rows:
         head = ("call", "dtype", "feinwerk MiB", "dense MiB", "bitsandbytes MiB",
                 "feinwerk's workspace MiB", "dense copy of W MiB")  # fmt: skip
+        yield from table(head, rows)
+
+
+def quickstart_table(data: dict[str, Any]) -> Iterator[str]:
+    """End to end: time of a step, and the process's peak memory while training."""
+    rows = []
+    for r in found(data, "quickstart"):
+        peaks = (r["bytes"][who] for who in ("feinwerk", r["against"]))
+        rows.append(
+            (
+                r["what"], r["dtype"], milliseconds(r["ours"]), milliseconds(r["theirs"]),
+                f"{number(r['ratio']['median'])}x", *(f"{peak / 2**20:.0f}" for peak in peaks),
+            )
+        )  # fmt: skip
+    if rows:
+        head = ("method", "dtype", "feinwerk ms", "stock ms", "faster", "feinwerk MiB", "stock MiB")
         yield from table(head, rows)
 
 

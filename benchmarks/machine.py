@@ -25,7 +25,16 @@ from benchmarks.harness import Candidate
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "benchmarks"
-PACKAGES = ("torch", "bitsandbytes", "peft", "transformers", "onnxruntime", "onnx", "numpy", "pytest-benchmark")
+PACKAGES = (
+    "torch",
+    "bitsandbytes",
+    "peft",
+    "transformers",
+    "onnxruntime",
+    "onnx",
+    "numpy",
+    "pytest-benchmark",
+)
 STREAM_BYTES = 256 << 20  # one pass of the memory probe: beyond any cache measured so far
 PEAK_SECONDS = 4e-3
 QUIET_SHARE = 0.1  # of all cores: a case that others disturbed more is measured again by --resume

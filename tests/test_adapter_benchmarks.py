@@ -125,14 +125,19 @@ def test_bars_on_bytes() -> None:
             "d": {
                 "op": "saved", "what": "QDoRA", "M": 128, "bytes": {"feinwerk": 210.6e6, peft: 9e9},
             },
+            "e": {
+                "op": "quickstart", "what": "qdora", "dtype": "bf16", "against": "stock",
+                "ratio": {"median": 2.6, "low": 2.4, "high": 2.7}, "ours": 1.0, "theirs": 2.6,
+                "bytes": {"feinwerk": 11 << 20, "stock": 10 << 20},
+            },
         }
     }  # fmt: skip
     rows = list(counted.bars(data))
-    assert [row[-1] for row in rows] == ["missed", "met", "met", "missed"]
+    assert [row[-1] for row in rows] == ["missed", "met", "met", "missed", "met", "missed"]
     assert "1.06x" in rows[0]
     assert "180.4 MB" in rows[2]
     titles = {title: lines for title, lines in counted.tables(data) if lines}
-    assert len(titles) == 2
+    assert len(titles) == 3
 
 
 class _KeepsAside(torch.autograd.Function):
