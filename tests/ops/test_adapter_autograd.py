@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,13 @@ OP = torch.ops.feinwerk.lora_linear.default
 BACKWARD = torch.ops.feinwerk.lora_linear_backward.default
 # Schemas and fakes do not depend on the instruction set.
 FIRST_AND_BEST = testing.backend_ids()[:: max(1, len(testing.backend_ids()) - 1)]
+
+
+@pytest.fixture(params=FIRST_AND_BEST)
+def either(request: pytest.FixtureRequest) -> Iterator[str]:
+    with testing.use_backend(request.param) as name:
+        yield name
+
 
 INDEX = (0, 0, -1, 1, 2, 1, 1)
 KINDS = {
@@ -184,30 +192,28 @@ def some_calls() -> list[AdapterCase]:
 
 
 @pytest.mark.parametrize("at", range(4))
-@pytest.mark.parametrize("name", FIRST_AND_BEST)
-def test_opcheck(name: str, at: int) -> None:
+def test_opcheck(either: str, at: int) -> None:
     case = some_calls()[at]
     arguments = op_arguments(case)
-    with testing.use_backend(name):
-        torch.library.opcheck(OP, arguments, {"dropout_p": case.dropout_p})
-        y, S, norms = OP(*arguments, dropout_p=case.dropout_p)
-        norm = norms if arguments[11] else None
-        kept = y if arguments[11] and case.dropout_p == 0 else None
-        backward = (case.grad_y, case.x, S, kept, *arguments[1:12], norm, case.seed)
-        for wants in ([True] * 5, [True, False, False, False, False], [False, True] * 2 + [False]):
-            torch.library.opcheck(BACKWARD, backward, {"dropout_p": case.dropout_p, "wants": wants})
-            grads = BACKWARD(*backward, dropout_p=case.dropout_p, wants=wants)
-            assert grads[0].numel() == (case.x.numel() if wants[0] else 0)
-            assert [len(part) for part in grads[1:4]] == [
-                len(part) if want else 0
-                for part, want in zip(
-                    (case.adapters, case.adapters, arguments[11]), wants[1:4], strict=True
-                )
-            ]
+    torch.library.opcheck(OP, arguments, {"dropout_p": case.dropout_p})
+    y, S, norms = OP(*arguments, dropout_p=case.dropout_p)
+    norm = norms if arguments[11] else None
+    kept = y if arguments[11] and case.dropout_p == 0 else None
+    backward = (case.grad_y, case.x, S, kept, *arguments[1:12], norm, case.seed)
+    for wants in ([True] * 5, [True, False, False, False, False], [False, True] * 2 + [False]):
+        torch.library.opcheck(BACKWARD, backward, {"dropout_p": case.dropout_p, "wants": wants})
+        grads = BACKWARD(*backward, dropout_p=case.dropout_p, wants=wants)
+        assert grads[0].numel() == (case.x.numel() if wants[0] else 0)
+        assert [len(part) for part in grads[1:4]] == [
+            len(part) if want else 0
+            for part, want in zip(
+                (case.adapters, case.adapters, arguments[11]), wants[1:4], strict=True
+            )
+        ]
 
 
 @pytest.mark.parametrize("at", range(4))
-def test_the_registered_op_compiles(backend: str, at: int) -> None:
+def test_the_registered_op_compiles(either: str, at: int) -> None:
     torch._dynamo.reset()
     case = some_calls()[at]
     arguments = op_arguments(case)
@@ -222,7 +228,7 @@ def test_the_registered_op_compiles(backend: str, at: int) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_compile_fullgraph(backend: str, kind: str, dropout_p: float) -> None:
+def test_compile_fullgraph(either: str, kind: str, dropout_p: float) -> None:
     torch._dynamo.reset()
     case = make(kind, base="nested", bias=torch.float32, dropout_p=dropout_p)
     options = {"base_norm": case.base_norm()} if kind == "dora" else {}
@@ -240,7 +246,7 @@ def test_compile_fullgraph(backend: str, kind: str, dropout_p: float) -> None:
         torch.testing.assert_close(results[1][name], value, rtol=0, atol=0, msg=name)
 
 
-def test_compile_with_dynamic_rows_a_drawn_seed_and_a_tensor_scaling(backend: str) -> None:
+def test_compile_with_dynamic_rows_a_drawn_seed_and_a_tensor_scaling(either: str) -> None:
     torch._dynamo.reset()
     one = make("lora", base="nested").adapters[0]
     weight, *tables = make("lora", base="nested").tables
@@ -260,7 +266,7 @@ def test_compile_with_dynamic_rows_a_drawn_seed_and_a_tensor_scaling(backend: st
         assert_same_bits(results[1], results[0])
 
 
-def test_dora_without_its_norms_compiles(backend: str) -> None:
+def test_dora_without_its_norms_compiles(either: str) -> None:
     torch._dynamo.reset()
     for base in ("nested", "fp32"):
         case = make("dora", base=base)
@@ -268,7 +274,7 @@ def test_dora_without_its_norms_compiles(backend: str) -> None:
         assert_same_bits(compiled(case.leaves()), case.call(case.leaves()))
 
 
-def test_a_group_compiles_around_its_sorting(backend: str) -> None:
+def test_a_group_compiles_around_its_sorting(either: str) -> None:
     torch._dynamo.reset()
     case = make("grouped", base="nested")
     compiled = torch.compile(case.call, backend="aot_eager")
@@ -277,7 +283,7 @@ def test_a_group_compiles_around_its_sorting(backend: str) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_compile_with_inductor(backend: str, kind: str) -> None:
+def test_compile_with_inductor(either: str, kind: str) -> None:
     torch._dynamo.reset()
     case = make(kind, base="nested", bias=torch.float32)
     options = {"base_norm": case.base_norm()} if kind == "dora" else {}

@@ -218,7 +218,8 @@ def test_opcheck(name: str) -> None:
             torch.library.opcheck(OP, args, {"dtype": torch.bfloat16})
 
 
-def test_compile_fullgraph(backend: str) -> None:
+@pytest.mark.parametrize("name", FIRST_AND_BEST)
+def test_compile_fullgraph(name: str) -> None:
     torch._dynamo.reset()
     for base in ("nested", "fp32"):
         case = make_adapters(6, 96, 0, (3,), base=base)
@@ -228,7 +229,8 @@ def test_compile_fullgraph(backend: str) -> None:
             fullgraph=True,
             backend="aot_eager",
         )
-        assert_same_bits(compiled(), norm_of(case, base_norm=base_norm) * 2)
+        with testing.use_backend(name):
+            assert_same_bits(compiled(), norm_of(case, base_norm=base_norm) * 2)
 
 
 A, B, W = torch.ones(2, 96), torch.ones(6, 2), torch.ones(6, 96)
