@@ -11,13 +11,15 @@ namespace {
 
 int64_t scale_stride(const feinwerk_nf4_weight& w) { return gemv_depth(w) / kScaleBlock; }
 
+constexpr int64_t kPackParts = 4;  // of the ranks, each for a thread
+
 // shared: x packed, then T.
 int64_t vector_t(int64_t packed_row_bytes) { return round_up(kGemvRows * packed_row_bytes, 64); }
 
 ProductPlan vector_plan(const LinearArgs& args, int64_t packed_row_bytes) {
   ProductPlan plan = {};
   plan.chunk_rows = kGemvRows;
-  plan.pack_units = 1;
+  plan.pack_units = args.adapter_count > 0 ? kPackParts : 1;
   plan.units = (args.weight.nf4.rows + gemv_unit(args.weight.nf4) - 1) / gemv_unit(args.weight.nf4);
   plan.shared_bytes = vector_t(packed_row_bytes) + round_up(t_floats(args, kGemvRows) * 4, 64);
   plan.scratch_bytes = max64(round_up(kGemvGroup * scale_stride(args.weight.nf4) * 4, 64),

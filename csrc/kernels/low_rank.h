@@ -195,33 +195,38 @@ int64_t t_floats(const Args& args, int64_t rows) {
   return count;
 }
 
-// S and T of one lane group of the chunk. With grad_y, S is what the forward left.
+// S and T of one lane group of the chunk. With grad_y, S is what the forward left. A few rows may
+// be cut into parts: each takes its share of the ranks.
 template <class Dtype>
 void pack_adapters(const LinearArgs& args, int64_t row, int64_t rows, int64_t group, float* t,
-                   uint8_t* scratch) {
-  const int64_t cols = args.weight.nf4.cols, m = group * kWidth;
+                   uint8_t* scratch, int64_t part, int64_t parts) {
+  const int64_t cols = args.weight.nf4.cols, m = group * kWidth, count = min64(kWidth, rows - m);
   const auto* x = static_cast<const typename Dtype::Element*>(args.x) + (row + m) * cols;
+  const bool dropping = drops(args.dropout), few = count <= kFewRows && !dropping;
+  const float keep_scale = dropping ? args.dropout.keep_scale : 1.0f;
   for_each_piece(args, row, rows, [&](const Piece& piece) {
     if (group < piece.group || group >= piece.group + piece.groups) return;
     const feinwerk_adapter& adapter = *piece.adapter;
+    const int64_t begin = few ? adapter.r * part / parts : 0;
+    const int64_t end = few ? adapter.r * (part + 1) / parts : part == 0 ? adapter.r : 0;
     float* const to = t + piece.t + (group - piece.group) * adapter.r * kWidth;
-    const bool dropping = drops(args.dropout);
-    const int64_t count = min64(kWidth, rows - m);
-    if (!args.grad_y && count <= kFewRows && !dropping)
-      dot_few_rows<Dtype>(x, count, cols, adapter.lora_A, adapter.r, to);
-    else if (!args.grad_y)
+    if (!args.grad_y && few)
+      dot_few_rows<Dtype>(x, count, cols, adapter.lora_A + begin * cols, end - begin,
+                          to + begin * kWidth);
+    else if (!args.grad_y && end > 0)
       shrink<Dtype>(x, count, cols, adapter.r, dropping ? &args.dropout : nullptr, row + m,
                     row_panels(adapter.lora_A, cols), scratch, to);
-    const float keep_scale = dropping ? args.dropout.keep_scale : 1.0f;
-    for (int64_t lane = 0; lane < kWidth; ++lane) {
-      const bool inside = m + lane >= piece.begin && m + lane < piece.end;
-      float* const s = args.s + (row + m + lane) * args.s_cols;
-      for (int64_t j = 0; j < adapter.r; ++j) {
+    for (int64_t j = begin; j < end; ++j)
+      for (int64_t lane = 0; lane < kWidth; ++lane) {
         float& value = to[j * kWidth + lane];
-        if (inside && !args.grad_y) s[j] = value * keep_scale;
-        value = inside ? adapter.scaling * s[j] : 0.0f;
+        if (m + lane < piece.begin || m + lane >= piece.end) {
+          value = 0;
+          continue;
+        }
+        float& s = args.s[(row + m + lane) * args.s_cols + j];
+        if (!args.grad_y) s = value * keep_scale;
+        value = adapter.scaling * s;
       }
-    }
   });
 }
 
