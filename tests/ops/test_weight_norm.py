@@ -48,9 +48,9 @@ def check(case: AdapterCase, dtype: torch.dtype | None = None) -> torch.Tensor:
 @pytest.mark.parametrize("adapter_dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("base", BASES)
 def test_values(backend: str, base: str, adapter_dtype: torch.dtype) -> None:
-    for N, K, r in SHAPES:
+    for i, (N, K, r) in enumerate(SHAPES):
         case = make_adapters(N, K, 0, (r,), base=base, adapter_dtype=adapter_dtype)
-        for dtype in (None, torch.float32, torch.bfloat16, torch.float16):
+        for dtype in (None, testing.DTYPES[i % 3]):
             check(case, dtype)
 
 
@@ -62,7 +62,7 @@ def test_every_blocksize(backend: str, blocksize: int) -> None:
 
 @pytest.mark.parametrize("base", BASES)
 def test_exactly_the_base_norm_without_an_adapter(backend: str, base: str) -> None:
-    for N, K, r in SHAPES:
+    for N, K, r in SHAPES[1:4]:
         case = make_adapters(N, K, 0, (r,), base=base)
         weight, *tables = case.tables
         A, B = case.adapters[0].A, case.adapters[0].B
