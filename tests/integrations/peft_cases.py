@@ -206,6 +206,13 @@ def spread(
         for name, value in run(twin, off(x, half), **kwargs).items():
             if name in truth and value is not None and value.numel():
                 moved[name] = max(moved[name], float((value - truth[name]).abs().max()))
+    # The gradient of a magnitude is divided by the norm, whatever the magnitude is.
+    for path, layer in model.named_modules():
+        for name in getattr(layer, "lora_magnitude_vector", {}):
+            key = f"grad {path}.lora_magnitude_vector.{name}.weight"
+            if truth.get(key) is not None:
+                error = norm_condition(layer, name) * 2.0**-24 * truth[key].abs()
+                moved[key] += float(error.max())
     return moved
 
 

@@ -12,7 +12,6 @@ from feinwerk.codebook import NESTED_BLOCKSIZE
 from feinwerk.nn import NF4Linear
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Base(NamedTuple):
@@ -45,9 +44,14 @@ class Base(NamedTuple):
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether calling the module is nothing but its class's forward: no hook, no replacement."""
-    if type(module) not in kinds or "forward" in vars(module):
-        return False
-    return not any(getattr(module, hooks) for hooks in _HOOKS)
+    own = vars(module)
+    return type(module) in kinds and not (
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
 
 
 def read(layer: nn.Module) -> Base | str:
