@@ -18,6 +18,14 @@ TEMPLATE = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def keep_threads():
+    """The command sets torch's threads; what runs after these tests gets them back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

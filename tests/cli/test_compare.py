@@ -18,11 +18,8 @@ PEFT_CLASS = {True: "peft.tuners.lora.bnb", False: "peft.tuners.lora.layer"}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
+def one_thread(keep_threads):
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
