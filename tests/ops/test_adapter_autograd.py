@@ -266,6 +266,28 @@ def test_compile_with_dynamic_rows_a_drawn_seed_and_a_tensor_scaling(either: str
         assert_same_bits(results[1], results[0])
 
 
+def test_an_in_place_activation_compiles(either: str) -> None:
+    torch._dynamo.reset()
+    case = make("dora", base="nested", bias=torch.float32)
+    options = {"base_norm": case.base_norm()}
+    results = []
+    for compiling in (False, True):
+        leaves = require_grad(case)
+
+        def layer(leaves: dict[str, torch.Tensor]) -> torch.Tensor:
+            return case.call(leaves, **options).relu_()
+
+        function = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiling else layer
+        y = function(leaves)
+        y.backward(case.grad_y)
+        results.append({"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}})
+    changed = dataclasses.replace(case, grad_y=case.grad_y * (results[0]["y"] > 0))
+    for got in results:
+        y = got.pop("y")
+        assert_same_bits(y, case.run(wants=())["y"].relu())
+        changed.check(got)
+
+
 def test_dora_without_its_norms_compiles(either: str) -> None:
     torch._dynamo.reset()
     for base in ("nested", "fp32"):

@@ -96,10 +96,17 @@ def test_each_gradient_is_optional(backend: str, wants: set[str]) -> None:
             assert_same_bits(got[name], everything[name], name)
 
 
+def behind_autograd(y: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        y.mul_(2)
+    return y
+
+
 IN_PLACE = {
     "relu_": (torch.relu_, lambda y: (y > 0).to(y.dtype)),
     "mul_": (lambda y: y.mul_(2), lambda y: torch.full_like(y, 2)),
     "add_": (lambda y: y.add_(100), torch.ones_like),
+    "no_grad": (behind_autograd, torch.ones_like),
     "slice": (lambda y: y[1:].zero_().sum() + y.sum(), None),
 }
 
