@@ -33,18 +33,20 @@ class Mlp(nn.Module):
         return self.head(self.down(torch.tanh(self.up(x))))
 
 
-def to_bitsandbytes(model: nn.Module, names: tuple[str, ...] = ("up", "down")) -> None:
+def to_bitsandbytes(model: nn.Module, **options: Any) -> None:
     """Replace Linears by quantized Linear4bit layers, and mark the model as PEFT expects it."""
     import bitsandbytes as bnb
 
-    for name in names:
+    blocksize = {"blocksize": options.pop("blocksize")} if "blocksize" in options else {}
+    options = {"quant_type": "nf4", "compute_dtype": torch.float32, **options}
+    compute = options.pop("compute_dtype")
+    for name in ("up", "down"):
         dense = getattr(model, name)
         layer = bnb.nn.Linear4bit(
-            dense.in_features, dense.out_features, dense.bias is not None, quant_type="nf4",
-            compute_dtype=torch.float32,
-        )  # fmt: skip
+            dense.in_features, dense.out_features, dense.bias is not None, compute, **options
+        )
         layer.weight = bnb.nn.Params4bit(
-            dense.weight.data.clone(), requires_grad=False, quant_type="nf4", module=layer
+            dense.weight.data.clone(), requires_grad=False, module=layer, **options, **blocksize
         )
         layer.bias = dense.bias
         setattr(model, name, layer.to("cpu"))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from feinwerk import explain
 from feinwerk.testing import assert_same_bits
 
 peft = pytest.importorskip("peft")
@@ -53,6 +54,27 @@ def test_output_and_gradients(base: str, method: str, options: dict[str, Any]) -
 def test_lora_bias(base: str) -> None:
     results = compare(cases.make(base, lora_bias=True))
     assert any(name.endswith("lora_B.default.bias") for name in results)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compress_statistics": False},
+        {"blocksize": 128},
+        {"quant_storage": torch.bfloat16},
+        {"quant_storage": torch.float32, "compute_dtype": torch.bfloat16},
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_bitsandbytes_formats(options: dict[str, Any], method: str) -> None:
+    base = cases.make_base("dense")
+    cases.to_bitsandbytes(base, **options)
+    stock = peft.get_peft_model(base, cases.config_of(method))
+    cases.randomize(stock)
+    ours = cases.fused(stock)
+    assert [row.path for row in explain(ours).rows] == ["fused", "fused", "dense"]
+    compare(stock)
 
 
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "magnitude"])

@@ -241,6 +241,21 @@ def test_norms_are_kept_only_where_they_are_certain() -> None:
             assert norms(model) == [{}, {}]
 
 
+@pytest.mark.parametrize("base", cases.BASES)
+def test_the_norm_of_the_base_is_computed_once(base: str) -> None:
+    model = cases.fused(cases.make(base, "dora"))
+    model(X)
+    kept = [layer.norms._base for layer in layers(model)]
+    for mode in (True, False):
+        model.train(mode)(X)
+        model.set_adapter("default")
+        with torch.no_grad():
+            model(X)
+    for layer, norm in zip(layers(model), kept, strict=True):
+        assert layer.norms._base is norm
+        assert norm.shape == (layer.out_features,)
+
+
 def test_the_norm_of_the_base_follows_its_weight() -> None:
     model = cases.fused(cases.make("dense", "dora")).eval()
     linear = model.base_model.model.up.base_layer

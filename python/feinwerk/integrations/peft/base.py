@@ -18,10 +18,12 @@ class Base(NamedTuple):
     """A frozen linear layer: the tensors of its weight, its bias, and how they are meant.
 
     `dtype` is what the weight stands for (what PEFT takes norms of); an NF4 weight has absmax.
-    `restores_dtype` says that the layer returns its input's dtype under autocast as well.
+    `owner` is the parameter, the same object from call to call. `restores_dtype` says that the
+    layer returns its input's dtype under autocast as well.
     """
 
     weight: torch.Tensor
+    owner: torch.Tensor
     shape: tuple[int, int]
     dtype: torch.dtype
     bias: torch.Tensor | None = None
@@ -88,13 +90,14 @@ def _dense(layer: Any) -> Base | str:
         return f"the base weight is {weight.dtype}"
     if weight.requires_grad:
         return "the base weight is trained"
-    return Base(weight, (weight.shape[0], weight.shape[1]), weight.dtype, layer.bias)
+    return Base(weight, weight, (weight.shape[0], weight.shape[1]), weight.dtype, layer.bias)
 
 
 def read_nf4(layer: NF4Linear) -> Base:
     """The base weight of an NF4Linear."""
+    packed = layer.weight
     return Base(
-        layer.weight, layer.weight_shape, layer.dtype, layer.bias, layer.absmax,
+        packed, packed, layer.weight_shape, layer.dtype, layer.bias, layer.absmax,
         layer.nested_absmax, layer.nested_codebook, layer.nested_offset, layer.blocksize,
         layer.compute,
     )  # fmt: skip
@@ -114,8 +117,8 @@ def _bitsandbytes(layer: Any) -> Base | str:
     if codes.dtype is not torch.uint8:
         codes = codes.view(torch.uint8)
     base = Base(
-        codes, (layer.out_features, layer.in_features), state.dtype, layer.bias, state.absmax,
-        blocksize=state.blocksize, restores_dtype=True,
+        codes, packed, (layer.out_features, layer.in_features), state.dtype, layer.bias,
+        state.absmax, blocksize=state.blocksize, restores_dtype=True,
     )  # fmt: skip
     if not state.nested:
         return base

@@ -27,7 +27,7 @@ class NormCache:
 
     def clear(self) -> None:
         """Forget everything: whatever the norms were made from may have changed."""
-        self._weight: torch.Tensor | None = None
+        self._owner: torch.Tensor | None = None
         self._version: int | None = None
         self._base: torch.Tensor | None = None
         self.forget_adapters()
@@ -48,12 +48,12 @@ class NormCache:
         """The norms of the base's rows, in the dtype that its weight stands for."""
         if torch.compiler.is_compiling():  # reads only: a traced write could be lost or refused
             return row_norms_of(base) if self._base is None else self._base
-        version = None if base.weight.is_inference() else base.weight._version
-        if self._base is None or self._weight is not base.weight or self._version != version:
+        version = None if base.owner.is_inference() else base.owner._version
+        if self._base is None or self._owner is not base.owner or self._version != version:
             self.clear()
             with torch.inference_mode(False), torch.no_grad():
                 self._base = row_norms_of(base)
-            self._weight, self._version = base.weight, version
+            self._owner, self._version = base.owner, version
         return self._base
 
     def weight_norm(
