@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from feinwerk import explain
+from feinwerk import explain, quantize_model
 from feinwerk.integrations.peft import FusedLinear, fuse, fused_config, unfuse
 from feinwerk.testing import assert_same_bits
 
@@ -266,3 +267,64 @@ def test_pefts_checks_of_a_mixed_batch_stay() -> None:
     model.unmerge_adapter()
     with pytest.raises(ValueError, match="training mode"):
         model.train()(X, adapter_names=NAMES)
+
+
+def test_pefts_helpers() -> None:
+    helpers = pytest.importorskip("peft.helpers")
+    stock = cases.make("nf4", "dora")
+    ours = cases.fused(stock)
+    with helpers.rescale_adapter_scale(ours, 0.3), helpers.rescale_adapter_scale(stock, 0.3):
+        compare(ours, stock)
+    with helpers.disable_input_dtype_casting(ours), helpers.disable_input_dtype_casting(stock):
+        compare(ours, stock)
+
+
+def test_pickling_keeps_no_norms() -> None:
+    model = cases.fused(cases.make("nf4", "dora")).eval()
+    with torch.no_grad():
+        y = model(X)
+        again = pickle.loads(pickle.dumps(model))
+        assert all(layer.norms._base is None for layer in layers(again))
+        assert_same_bits(again(X), y)
+
+
+def test_loading_with_low_memory(tmp_path: Path) -> None:
+    model = cases.fused(cases.make("nf4", "dora")).eval()
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(
+        cases.make_base("nf4"), tmp_path, low_cpu_mem_usage=True,
+        config=fused_config(peft.LoraConfig.from_pretrained(tmp_path)),
+    )  # fmt: skip
+    assert [row.path for row in explain(loaded).rows] == ["fused", "fused", "dense"]
+    with torch.no_grad():
+        assert_same_bits(loaded.eval()(X), model(X))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generating_with_an_adapter_for_each_prompt(beams: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, eos_token_id=None,
+    )  # fmt: skip
+    base = transformers.LlamaForCausalLM(config)
+    quantize_model(base)
+    targets = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(base, fused_config(peft.LoraConfig(r=4, use_dora=True, **targets)))
+    model.add_adapter("other", fused_config(peft.LoraConfig(r=2, **targets)))
+    cases.randomize(model)
+    model.eval()
+    tokens = torch.arange(12).view(4, 3)
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+    mixed = model.generate(input_ids=tokens, adapter_names=NAMES, **options)
+    for i, name in enumerate(NAMES):
+        row = tokens[i : i + 1]
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model.generate(input_ids=row, **options)
+        else:
+            model.set_adapter(name)
+            alone = model.generate(input_ids=row, **options)
+        assert torch.equal(mixed[i], alone[0])
+    assert len({tuple(row[3:].tolist()) for row in mixed}) > 1

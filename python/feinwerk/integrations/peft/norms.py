@@ -36,13 +36,9 @@ class NormCache:
         """Forget the norms with adapters; the base's stay."""
         self._adapters: dict[str, tuple[float, torch.Tensor, torch.Tensor]] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: a copy finds its own norms."""
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start empty."""
-        self.clear()
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy starts with nothing: it finds its own norms."""
+        return NormCache, ()
 
     def base_norm(self, base: Base) -> torch.Tensor:
         """The norms of the base's rows, in the dtype that its weight stands for."""
