@@ -47,16 +47,17 @@ static int64_t random_rank(context* run) {
 
 // Ascending row ranges with gaps; some are empty, and a single one often has all rows.
 static void random_rows(context* run, feinwerk_adapter* adapters, int64_t count) {
-  const int64_t m = run->test->m;
+  const int64_t m = run->test->m, part = count > 0 && m > count ? m / count : 1;
   int64_t at = 0;
   for (int64_t e = 0; e < count; ++e) {
-    const int whole = count == 1 && below(run, 2) == 0;
-    if (!whole && below(run, 3) == 0) at += below(run, m - at + 1);
+    const int whole = below(run, 2) == 0;
+    int64_t gap = below(run, 3) == 0 ? below(run, part + 1) : 0;
+    int64_t rows = below(run, 6) == 0 ? 0 : 1 + below(run, 2 * part);
+    if (count == 1 && whole) gap = 0;
+    if (e + 1 == count && whole) rows = m;
+    at = at + gap < m ? at + gap : m;
     adapters[e].row_begin = at;
-    if (whole || (e + 1 == count && below(run, 2) == 0))
-      at = m;
-    else if (below(run, 5) != 0)
-      at += below(run, m - at + 1);
+    at = at + rows < m ? at + rows : m;
     adapters[e].row_end = at;
   }
 }
@@ -381,7 +382,9 @@ void check_adapters(context* run, const feinwerk_nf4_weight* nf4) {
   const test_case* test = run->test;
   const int64_t count = test->n * test->k;
   double* weight = take(run, count, sizeof(double));
-  for (int draw = 0; draw < (test->m * count > 100000 ? 1 : 3); ++draw) {
+  const int own = run->buffer_count;
+  const int draws = test->m * count > 100000 ? 1 : test->m * count > 5000 ? 3 : 8;
+  for (int draw = 0; draw < draws; ++draw) {
     for (int64_t i = 0; i < count; ++i) weight[i] = (double)plain_nf4_element(nf4, i, test->dtype);
     check_call(run, (feinwerk_weight){.nf4 = *nf4}, weight, "lora_linear", "lora_linear_backward");
     const feinwerk_dtype dtype = kDtypes[below(run, 3)];
@@ -391,5 +394,6 @@ void check_adapters(context* run, const feinwerk_nf4_weight* nf4) {
     const feinwerk_weight all = {
         .nf4 = {.rows = test->n, .cols = test->k}, .dense = dense, .dense_dtype = dtype};
     check_call(run, all, weight, "lora_linear (dense)", "lora_linear_backward (dense)");
+    free_buffers(run, own);
   }
 }

@@ -258,7 +258,7 @@ void check_case(const test_case* test) {
   check_linear(&run, &weight, dense, FEINWERK_COMPUTE_INT8, 1);
   check_backward(&run, &weight, dense);
   check_adapters(&run, &weight);
-  free_buffers(&run);
+  free_buffers(&run, 0);
 }
 
 void check_case_on_every_isa(const test_case* test) {

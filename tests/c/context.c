@@ -43,8 +43,8 @@ void* take_workspace(context* run, int64_t bytes) {
   return block;
 }
 
-void free_buffers(context* run) {
-  while (run->buffer_count > 0) free(run->buffers[--run->buffer_count]);
+void free_buffers(context* run, int keep) {
+  while (run->buffer_count > keep) free(run->buffers[--run->buffer_count]);
 }
 
 int64_t below(context* run, int64_t limit) {

@@ -6,7 +6,7 @@
 #include "cases.h"
 #include "plain.h"
 
-enum { kMaxBuffers = 1024 };
+enum { kMaxBuffers = 512 };
 
 extern const feinwerk_dtype kDtypes[3];
 
@@ -27,7 +27,7 @@ void expect_ok(const context* run, feinwerk_status status);
 // with 0xff: NaN to the floating-point types, so an element left unwritten is noticed.
 void* take(context* run, int64_t count, size_t element);
 void* take_workspace(context* run, int64_t bytes);
-void free_buffers(context* run);
+void free_buffers(context* run, int keep);  // all but the first ones
 
 int64_t below(context* run, int64_t limit);  // in [0, limit)
 float uniform(context* run);                 // in (-1, 1)

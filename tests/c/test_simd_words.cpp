@@ -5,7 +5,7 @@
 //   test_simd_words_<isa> --full   roundings and codes of all floats
 //
 // Exits with 77 where the CPU lacks the instruction set.
-#include "words.h"
+#include "dropout_words.h"
 
 namespace {
 
@@ -387,6 +387,8 @@ int main(int argc, char** argv) {
   test_look_up_words();
   test_moves();
   test_dot_codes();
+  test_unsigned_words();
+  test_dropout_masks();
   const bool full = argc > 1 && strcmp(argv[1], "--full") == 0;
   test_codes_in_bins(full);
   test_roundings(full);
