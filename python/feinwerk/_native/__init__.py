@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 try:
-    from feinwerk import _C
+    from feinwerk import _C as _C
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     _why: str | None = f"the native module cannot be loaded: {error}"

@@ -291,6 +291,8 @@ def _scales(op: str, scaling: Sequence[Scaling], x: torch.Tensor) -> torch.Tenso
         for value in scaling:
             if not abs(float(value)) < float("inf"):
                 _checks.reject(ValueError, op, "scaling", "be finite", value)
+        if len(scaling) == 1:  # half the time of torch.tensor, which counts when decoding
+            return torch.full((1,), scaling[0], dtype=torch.float32, device=x.device)  # type: ignore[arg-type]
         return torch.tensor(scaling, dtype=torch.float32, device=x.device)
     parts = [torch.as_tensor(value, dtype=torch.float32, device=x.device) for value in scaling]
     for part in parts:
