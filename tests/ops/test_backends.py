@@ -25,11 +25,14 @@ def test_all_ops_are_registered() -> None:
     assert set(_library.OPS) == {
         "blockwise_dequantize",
         "blockwise_quantize",
+        "lora_linear",
+        "lora_linear_backward",
         "nf4_dequantize",
         "nf4_embedding",
         "nf4_linear",
         "nf4_linear_backward",
         "nf4_quantize",
+        "weight_norm",
     }
     for record in _library.OPS.values():
         assert set(record.implementations) == {"reference", "cpp"}
