@@ -117,7 +117,7 @@ def lora_linear(
     blocksize: int = 64,
     compute: str = "exact",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [..., N], S [M, widest r] and the norms [adapters, N] that were found."""
+    """Return y [..., N], S [M, widest r] and the norms [adapters, N] that were found."""
     x = x.contiguous()
     rows = math.prod(x.shape[:-1])
     adapters = _Adapters(lora_A, lora_B, scaling, segments, magnitude, rows)
