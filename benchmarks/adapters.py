@@ -229,27 +229,31 @@ def _grouped(
 
 
 def plain(
-    W: torch.Tensor, adapter: Adapter, dtype: torch.dtype
+    W: torch.Tensor, adapter: Adapter, dtype: torch.dtype, *, sizes: bool = False
 ) -> tuple[Layer, list[torch.Tensor]]:
-    """The formula in plain torch, arithmetic and adapters in `dtype`; DoRA's norm detached."""
-    A, B, *magnitude = (t.detach().to(dtype).requires_grad_() for t in adapter.tensors)
+    """The formula in plain torch, arithmetic and adapters in `dtype`; DoRA's norm detached.
+
+    With `sizes`, of absolute values (but the norm): each result is then the sum of its terms' size.
+    """
+    A, B, *magnitude = (tensor.detach().to(dtype) for tensor in adapter.tensors)
     W = W.to(dtype)
+    norm = torch.linalg.norm(W + SCALING * B @ A, dim=1) if magnitude else None
+    trained = [tensor.abs() if sizes else tensor.clone() for tensor in (A, B, *magnitude)]
+    A, B, *magnitude = (tensor.requires_grad_() for tensor in trained)
+    W = W.abs() if sizes else W
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         y = F.linear(x, W) + SCALING * F.linear(F.linear(x, A), B)
-        if magnitude:
-            norm = torch.linalg.norm((W + SCALING * B @ A).detach(), dim=1)
-            y = magnitude[0] / norm * y
-        return y
+        return magnitude[0] / norm * y if magnitude else y
 
-    return layer, [A, B, *magnitude]
+    return layer, trained
 
 
 def check(problem: AdapterProblem, results: Sequence[torch.Tensor]) -> None:
-    """Raise AssertionError unless y and every gradient are as near to fp64 as plain torch's are.
+    """Raise AssertionError unless y and every gradient are within the budget of docs/numerics.md.
 
-    The bound of each: twice the error of plain torch in the activations' dtype plus one unit in the
-    last place, all as norms.
+    The budget of each, all as norms: twice the error of plain torch in the activations' dtype, one
+    unit in the last place, and 4 sqrt(depth) 2^-24 times the sum of the terms' sizes.
 
     Args:
         problem: what is computed.
@@ -260,30 +264,42 @@ def check(problem: AdapterProblem, results: Sequence[torch.Tensor]) -> None:
     x = problem.x().view(problem.count, alone.M, problem.K)
     dy = problem.grad_y().view(problem.count, alone.M, problem.N)
     each = len(adapters[0].tensors)
+    M, N, K = alone.M, problem.N, problem.K
+    depths = {"y": K + RANK, "dX": N + RANK, "dA": N + M, "dB": K + M, "dm": K + RANK + M}
     y, *grads = (result.detach() for result in results)
     for i in sorted({0, problem.count - 1}):
-        mine = [y.view(problem.count, alone.M, -1)[i]]
+        mine = [y.view(problem.count, M, -1)[i]]
         if problem.backward:
-            mine.append(grads[0].view(problem.count, alone.M, -1)[i])
+            mine.append(grads[0].view(problem.count, M, -1)[i])
             mine += grads[1 + i * each : 1 + (i + 1) * each]
         values = []
-        for dtype in (torch.float64, problem.dtype):
-            layer, trained = plain(W, adapters[i], dtype)
-            leaf = x[i].to(dtype).requires_grad_()
-            run = step(layer, leaf, dy[i].to(dtype), trained) if problem.backward else (
-                forward(layer, leaf)
-            )  # fmt: skip
-            values.append([tensor.detach() for tensor in run])
-        names = ("y", "dX", "dA", "dB", "dm")
-        for name, ours_, truth, theirs in zip(names, mine, *values, strict=False):
-            compare_norms(name, ours_, truth, theirs)
+        for dtype, sizes in ((torch.float64, False), (problem.dtype, False), (torch.float64, True)):
+            layer, trained = plain(W, adapters[i], dtype, sizes=sizes)
+            leaf, back = x[i].to(dtype), dy[i].to(dtype)
+            if sizes:
+                leaf, back = leaf.abs(), back.abs()
+            if problem.backward:
+                values.append(step(layer, leaf.clone().requires_grad_(), back, trained))
+            else:
+                values.append(forward(layer, leaf))
+        for (name, depth), ours_, *others in zip(depths.items(), mine, *values, strict=False):
+            compare_norms(name, ours_, *(tensor.detach() for tensor in others), depth=depth)
 
 
-def compare_norms(name: str, mine: torch.Tensor, truth: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Raise AssertionError if ours is further from the truth than twice theirs and an ulp."""
+def compare_norms(
+    name: str,
+    mine: torch.Tensor,
+    truth: torch.Tensor,
+    theirs: torch.Tensor,
+    size: torch.Tensor,
+    *,
+    depth: int,
+) -> None:
+    """Raise AssertionError if ours is further from the truth than its budget, see check()."""
     if mine.shape != truth.shape:
         raise AssertionError(f"{name}: expected {tuple(truth.shape)}, got {tuple(mine.shape)}")
     error = (mine.double() - truth).norm()
     allowed = 2 * (theirs.double() - truth).norm() + testing.ulp(truth, mine.dtype).norm()
+    allowed = allowed + 4 * depth**0.5 * 2.0**-24 * size.norm()
     if not bool(error <= allowed):
         raise AssertionError(f"{name}: error {float(error):.3g}, allowed {float(allowed):.3g}")

@@ -38,7 +38,10 @@ def bench_weight_norm(case: plan.Case, compare) -> None:
         for weight, *rest in held
     ]
     expected = calls[0]()
-    adapters.compare_norms("norm", expected, true_norm(W.double(), adapter), true_norm(W, adapter))
+    truth = true_norm(W.double(), adapter)
+    adapters.compare_norms(
+        "norm", expected, truth, true_norm(W, adapter), truth, depth=case.K + RANK
+    )
     found, missing = peers.build(
         [functools.partial(peft_peers.weight_norm, base, adapter, expected)]
     )
