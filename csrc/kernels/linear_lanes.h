@@ -137,7 +137,7 @@ inline float norm_of(const feinwerk_adapter& adapter, int64_t n, const float* u,
   }
   const float change = 2 * adapter.scaling * cross + adapter.scaling * adapter.scaling * square;
   const float base = adapter.base_norm[n];
-  const float ratio = base > 0 ? 1 + change / (base * base) : change;
+  const float ratio = base > 0 ? 1 + change / base / base : change;
   const float root = __builtin_sqrtf(ratio < 0 ? 0 : ratio);
   return base > 0 ? base * root : root;
 }

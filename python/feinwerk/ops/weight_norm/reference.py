@@ -39,5 +39,5 @@ def factored_norm(
     cross = ((W @ A.t()) * B).sum(dim=1)
     square = ((B @ (A @ A.t())) * B).sum(dim=1)
     change = 2 * scaling * cross + scaling * scaling * square
-    relative = base * (1 + change / (base * base)).clamp(min=0).sqrt()
+    relative = base * (1 + change / base / base).clamp(min=0).sqrt()
     return torch.where(base > 0, relative, change.clamp(min=0).sqrt())
