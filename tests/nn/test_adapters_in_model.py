@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lora_linear import BASES, make, make_base
+from test_lora_modules import BASES, make, make_base
 from torch import nn
 
 from feinwerk import NF4Weight, quantize_model

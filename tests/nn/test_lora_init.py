@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lora_linear import make_base
+from test_lora_modules import make_base
 from torch import nn
 
 from feinwerk import NF4Weight
