@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import plan
 
 METHODS = ("qlora", "qdora")
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+DTYPES = {"bf16": "bfloat16"}  # the quickstart's own; fp32 takes twice as long
 
 
 def compared(method: str, dtype: str, configuration: plan.Configuration) -> dict[str, Any]:
