@@ -1,7 +1,7 @@
 """Turns a results file into text: lines on the terminal, Markdown tables, the bar table, a plot.
 
 python -m benchmarks.report                    prints the bars of this machine
-python -m benchmarks.report --docs --plot      renders docs/benchmarks.md and its image
+python -m benchmarks.report --docs --plot      renders docs/benchmarks.md and its images
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.text import milliseconds, number, table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "benchmarks.md"
-IMAGE = ROOT / "docs" / "images" / "nf4_linear.png"
+IMAGES = ROOT / "docs" / "images"
 SUMMARY = "Turns a results file into tables and a plot."
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 HELD = (("avx512_bf16", "AVX512_CORE_BF16", "bf16"), ("avx2", "", "fp32"))
@@ -192,7 +192,8 @@ def markdown(data: dict[str, Any]) -> str:
     """Everything between the markers of docs/benchmarks.md."""
     parts: list[str] = ["## Machine", "", *machine_lines(data), ""]
     parts += ["## Bars", "", *bar_table(data), ""]
-    parts += [f"![NF4 linear beside its peers](images/{IMAGE.name})", ""]
+    parts += ["![NF4 linear beside its peers](images/nf4_linear.png)", ""]
+    parts += ["![Adapters beside PEFT and bitsandbytes](images/adapters.png)", ""]
     sections: list[tuple[str, list[str]]] = []
     for shape in SHAPES:
         for threads in (2, 1):
@@ -252,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=SUMMARY)
     parser.add_argument("--results", type=Path, help="results file; default: this machine's")
     parser.add_argument("--docs", action="store_true", help=f"render {PAGE.relative_to(ROOT)}")
-    parser.add_argument("--plot", action="store_true", help=f"draw {IMAGE.relative_to(ROOT)}")
+    parser.add_argument("--plot", action="store_true", help=f"draw {IMAGES.relative_to(ROOT)}")
     options = parser.parse_args(argv)
     if options.results is None:
         from benchmarks import machine
@@ -264,9 +265,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.docs:
         render(PAGE, data)
     if options.plot:
-        from benchmarks import plot
+        from benchmarks import plot, plot_adapters
 
-        plot.draw(data, IMAGE)
+        plot.draw(data, IMAGES / "nf4_linear.png")
+        plot_adapters.draw(data, IMAGES / "adapters.png")
 
 
 if __name__ == "__main__":

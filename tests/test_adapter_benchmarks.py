@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 pytest.importorskip("peft")
 pytest.importorskip("bitsandbytes")
 
-from benchmarks import adapters, bars, counted, peers, peft_peers, saved
+from benchmarks import adapters, bars, counted, machine, peers, peft_peers, saved
 from benchmarks.adapters import AdapterProblem
 
 
@@ -106,6 +107,17 @@ def test_a_bar_of_at_most_judges_our_time_over_theirs(
     assert verdict.ratio["median"] == pytest.approx(1 / median)
     assert verdict.ratio["low"] < verdict.ratio["median"] < verdict.ratio["high"]
     assert (verdict.met, verdict.open) == (met, open_)
+
+
+def test_plot_shows_the_measured_layers(tmp_path: Path) -> None:
+    from benchmarks import plot_adapters
+
+    case = {**ratio_record(1.25, 1.2, 1.3), "dtype": "bf16"}
+    data = {"cases": {"a": case}, "machine": machine.describe()}
+    assert plot_adapters.bars_of(data, "LoRA", 512, 2) == [("4096 x 4096", 1.0, 1.0, 1.25)]
+    assert plot_adapters.bars_of(data, "DoRA", 512, 2) == []
+    plot_adapters.draw(data, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bars_on_bytes() -> None:
