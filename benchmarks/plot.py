@@ -9,6 +9,10 @@ from benchmarks.bars import find
 from benchmarks.plan import MAIN_SHAPE, ROWS
 
 INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
+SETTINGS = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": GRID,
+    "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
+}  # fmt: skip
 # name: (label, colour, line width, marker). Ours stands out; dense is the yardstick.
 STYLES = {
     "feinwerk": ("Feinwerk", "#d1495b", 2.8, "o"),
@@ -60,11 +64,7 @@ def draw(data: dict[str, Any], path: Path, threads: int = 2) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    settings = {
-        "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": GRID,
-        "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
-    }  # fmt: skip
-    with plt.rc_context(settings):
+    with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(
             1, 2, figsize=(10.4, 4.6), sharey=True, dpi=160, width_ratios=(1.25, 1)
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.bars import find
 from benchmarks.plan import PROJECTIONS
-from benchmarks.plot import GRID, INK, MUTED, STYLES
+from benchmarks.plot import GRID, INK, MUTED, SETTINGS, STYLES
 
 OURS, PEER = "feinwerk", "PEFT + bitsandbytes"
 COLOURS = {OURS: STYLES["feinwerk"][1], PEER: STYLES["bitsandbytes"][1]}
@@ -45,11 +45,7 @@ def draw(data: dict[str, Any], path: Path, threads: int = 2) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    settings = {
-        "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": GRID,
-        "text.color": INK, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": INK,
-    }  # fmt: skip
-    with plt.rc_context(settings):
+    with plt.rc_context({**SETTINGS, "ytick.color": INK}):  # the layers' names
         figure, axes = plt.subplots(1, len(PANELS), figsize=(10.4, 3.6), sharey=True, dpi=160)
         for axis, (method, M) in zip(axes, PANELS, strict=True):
             rows = bars_of(data, method, M, threads)[::-1]

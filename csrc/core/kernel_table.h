@@ -20,7 +20,7 @@ struct LinearArgs : feinwerk_lora_linear_args {
   const void* grad_y;
 };
 
-// Its gradient; `ds` [m, s_cols] is that of S, computed by linear_backward_rows.
+// Its gradient; `ds` [m, s_cols] is that of S, computed by adapter_rows.
 struct LinearBackwardArgs : feinwerk_lora_linear_backward_args {
   float* ds;
 };
@@ -51,6 +51,7 @@ struct ProductPlan {
   bool finds_norms;       // weight norms come out of the same pass
 };
 
+// How the gradients of the adapters are cut: units of rows, then units of columns.
 struct AdapterPlan {
   int64_t row_units, column_units;
   int64_t scratch_bytes;  // per running task, multiple of 64

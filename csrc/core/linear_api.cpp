@@ -70,6 +70,16 @@ void check_adapters(const char* op, const Args& args) {
     invalid(op, "keep_scale", "be finite and at least 1", std::to_string(keep_scale));
 }
 
+// What a plan reads of the base, and where its size goes.
+void check_plan(const char* op, const feinwerk_weight& weight, feinwerk_dtype dtype, int64_t m,
+                const int64_t* bytes) {
+  check_dtype(op, "dtype", dtype);
+  if (!weight.dense) check_nf4_blocksize(op, weight.nf4.blocksize);
+  checked_product(op, "m x n", m, weight.nf4.rows);
+  checked_product(op, "m x k", m, weight.nf4.cols);
+  check_buffer(op, "bytes", bytes, 1);
+}
+
 int64_t workspace_bytes(const ProductPlan& plan, int64_t threads) {
   return plan.shared_bytes + plan.scratch_bytes * std::max<int64_t>(1, threads);
 }
@@ -328,13 +338,6 @@ feinwerk_status feinwerk_nf4_linear_workspace(int64_t m, int64_t n, int64_t k, i
                                               int64_t threads, int64_t* bytes) {
   constexpr const char* op = "nf4_linear_workspace";
   return guarded([&] {
-    check_dtype(op, "dtype", dtype);
-    check_compute(op, compute);
-    check_nf4_blocksize(op, blocksize);
-    checked_product(op, "m x n", m, n);
-    checked_product(op, "m x k", m, k);
-    check_buffer(op, "bytes", bytes, 1);
-    // A plan reads shapes, dtypes and options only.
     LinearArgs args = {};
     args.weight.nf4.rows = n;
     args.weight.nf4.cols = k;
@@ -342,6 +345,8 @@ feinwerk_status feinwerk_nf4_linear_workspace(int64_t m, int64_t n, int64_t k, i
     args.dtype = dtype;
     args.m = m;
     args.compute = compute;
+    check_compute(op, compute);
+    check_plan(op, args.weight, dtype, m, bytes);
     *bytes = m == 0 ? 0 : Forward(args).workspace(threads);
   });
 }
@@ -351,11 +356,6 @@ feinwerk_status feinwerk_nf4_linear_backward_workspace(int64_t m, int64_t n, int
                                                        int64_t threads, int64_t* bytes) {
   constexpr const char* op = "nf4_linear_backward_workspace";
   return guarded([&] {
-    check_dtype(op, "dtype", dtype);
-    check_nf4_blocksize(op, blocksize);
-    checked_product(op, "m x n", m, n);
-    checked_product(op, "m x k", m, k);
-    check_buffer(op, "bytes", bytes, 1);
     feinwerk_lora_linear_backward_args args = {};
     args.weight.nf4.rows = n;
     args.weight.nf4.cols = k;
@@ -363,6 +363,7 @@ feinwerk_status feinwerk_nf4_linear_backward_workspace(int64_t m, int64_t n, int
     args.dtype = dtype;
     args.m = m;
     args.grad_x = bytes;  // wanted; not written here
+    check_plan(op, args.weight, dtype, m, bytes);
     *bytes = Backward(args).workspace(threads);
   });
 }
@@ -372,12 +373,8 @@ feinwerk_status feinwerk_lora_linear_workspace(const feinwerk_lora_linear_args* 
   constexpr const char* op = "lora_linear_workspace";
   return guarded([&] {
     const auto args = forward_args(required(op, arguments));
-    check_dtype(op, "dtype", args.dtype);
-    checked_product(op, "m x n", args.m, args.weight.nf4.rows);
-    checked_product(op, "m x k", args.m, args.weight.nf4.cols);
-    if (!args.weight.dense) check_nf4_blocksize(op, args.weight.nf4.blocksize);
+    check_plan(op, args.weight, args.dtype, args.m, bytes);
     check_adapter_sizes(op, args);
-    check_buffer(op, "bytes", bytes, 1);
     *bytes = Forward(args).workspace(threads);
   });
 }
@@ -387,12 +384,8 @@ feinwerk_status feinwerk_lora_linear_backward_workspace(
   constexpr const char* op = "lora_linear_backward_workspace";
   return guarded([&] {
     const auto& args = required(op, arguments);
-    check_dtype(op, "dtype", args.dtype);
-    checked_product(op, "m x n", args.m, args.weight.nf4.rows);
-    checked_product(op, "m x k", args.m, args.weight.nf4.cols);
-    if (!args.weight.dense) check_nf4_blocksize(op, args.weight.nf4.blocksize);
+    check_plan(op, args.weight, args.dtype, args.m, bytes);
     check_adapter_sizes(op, args);
-    check_buffer(op, "bytes", bytes, 1);
     *bytes = Backward(args).workspace(threads);
   });
 }

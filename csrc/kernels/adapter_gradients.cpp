@@ -136,7 +136,8 @@ namespace FEINWERK_ISA_NAME {
 AdapterPlan adapter_plan(const Args& args) {
   AdapterPlan plan = {};
   plan.row_units = (args.m + kWidth - 1) / kWidth;
-  plan.scratch_bytes = round_up(kOuterBytes, 64);
+  // Sums need none.
+  plan.scratch_bytes = args.adapter_count > 0 ? round_up(kOuterBytes, 64) : 0;
   for (int64_t e = 0; e < args.adapter_count; ++e) {
     const feinwerk_adapter& adapter = args.adapters[e];
     if (adapter.grad_A) plan.column_units += column_units(args.weight.nf4.cols);

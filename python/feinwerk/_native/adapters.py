@@ -63,9 +63,6 @@ class _Adapters:
         self.ranges = [[0, rows]] if segments is None else segments.tolist()
         self.N, self.K = lora_B[0].shape[0], lora_A[0].shape[1]
         self.widest = max(A.shape[0] for A in lora_A)
-        for value in self.scaling:
-            if not math.isfinite(value):
-                raise ValueError(f"lora_linear: scaling must be finite, got {value}")
 
     def fields(
         self,

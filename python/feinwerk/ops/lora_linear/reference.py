@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from feinwerk.ops.nf4_dequantize.reference import nf4_dequantize
 from feinwerk.ops.nf4_linear.reference import round_activations
-from feinwerk.ops.weight_norm.reference import factored_norm
+from feinwerk.ops.weight_norm.reference import factored_norm, rounded_weight
 from feinwerk.philox import keep_mask
 
 Tensors = list[torch.Tensor]
@@ -35,7 +34,8 @@ def lora_linear(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, S = dropout(x) A^T of every row, and the norms that the DoRA adapters used."""
     N, K = lora_B[0].shape[0], lora_A[0].shape[1]
-    W = dense(weight, absmax, nested_absmax, nested_codebook, nested_offset, N, K, blocksize, x)
+    nested = (nested_absmax, nested_codebook, nested_offset)
+    W = rounded_weight(weight, absmax, *nested, shape=(N, K), blocksize=blocksize, dtype=x.dtype)
     rows = x.reshape(-1, K).float()
     dropped = drop(rows, seed, dropout_p)
     S = rows.new_zeros(len(rows), max(A.shape[0] for A in lora_A))
@@ -95,7 +95,8 @@ def lora_linear_backward(
 ) -> tuple[torch.Tensor, Tensors, Tensors, Tensors, torch.Tensor]:
     """Gradients of x, every A, B and magnitude, and bias; empty where `wants` says no."""
     N, K = lora_B[0].shape[0], lora_A[0].shape[1]
-    W = dense(weight, absmax, nested_absmax, nested_codebook, nested_offset, N, K, blocksize, x)
+    nested = (nested_absmax, nested_codebook, nested_offset)
+    W = rounded_weight(weight, absmax, *nested, shape=(N, K), blocksize=blocksize, dtype=x.dtype)
     rows, dy = x.reshape(-1, K).float(), grad_y.reshape(-1, N).float()
     dropped = drop(rows, seed, dropout_p)
     grad_A: Tensors = []
@@ -132,26 +133,6 @@ def lora_linear_backward(
         grad_magnitude if wants[3] else [],
         dy.sum(dim=0) if wants[4] else rows.new_zeros(0),
     )
-
-
-def dense(
-    weight: torch.Tensor,
-    absmax: torch.Tensor | None,
-    nested_absmax: torch.Tensor | None,
-    nested_codebook: torch.Tensor | None,
-    nested_offset: torch.Tensor | None,
-    N: int,
-    K: int,
-    blocksize: int,
-    x: torch.Tensor,
-) -> torch.Tensor:
-    """W~, the weight rounded once to x's dtype, in fp32."""
-    if absmax is None:
-        return weight.to(x.dtype).float()
-    nested = (nested_absmax, nested_codebook, nested_offset)
-    return nf4_dequantize(
-        weight, absmax, *nested, shape=(N, K), blocksize=blocksize, dtype=x.dtype
-    ).float()
 
 
 def row_ranges(segments: torch.Tensor | None, rows: int) -> list[tuple[int, int]]:

@@ -22,14 +22,11 @@ def weight_norm(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The norms of the rows of W~ + scaling B A, W~ the weight rounded once to dtype."""
-    if absmax is None:
-        W = weight.to(dtype).float()
-    else:
-        shape = (lora_B.shape[0], lora_A.shape[1])
-        nested = (nested_absmax, nested_codebook, nested_offset)
-        W = nf4_dequantize(weight, absmax, *nested, shape=shape, blocksize=blocksize, dtype=dtype)
+    shape = (lora_B.shape[0], lora_A.shape[1])
+    nested = (nested_absmax, nested_codebook, nested_offset)
+    W = rounded_weight(weight, absmax, *nested, shape=shape, blocksize=blocksize, dtype=dtype)
     with torch.autocast(weight.device.type, enabled=False):
-        return factored_norm(W.float(), lora_A.float(), lora_B.float(), scaling.float(), base_norm)
+        return factored_norm(W, lora_A.float(), lora_B.float(), scaling.float(), base_norm)
 
 
 def factored_norm(
@@ -41,3 +38,23 @@ def factored_norm(
     change = 2 * scaling * cross + scaling * scaling * square
     relative = base * (1 + change / base / base).clamp(min=0).sqrt()
     return torch.where(base > 0, relative, change.clamp(min=0).sqrt())
+
+
+def rounded_weight(
+    weight: torch.Tensor,
+    absmax: torch.Tensor | None,
+    nested_absmax: torch.Tensor | None,
+    nested_codebook: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    *,
+    shape: tuple[int, int],
+    blocksize: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """W~, the weight rounded once to dtype, in fp32."""
+    if absmax is None:
+        return weight.to(dtype).float()
+    nested = (nested_absmax, nested_codebook, nested_offset)
+    return nf4_dequantize(
+        weight, absmax, *nested, shape=shape, blocksize=blocksize, dtype=dtype
+    ).float()
