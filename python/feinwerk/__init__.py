@@ -4,6 +4,7 @@ from feinwerk import backends, codebook, nn
 from feinwerk.explain import explain
 from feinwerk.nn import dequantize_model, quantize_model
 from feinwerk.ops import (
+    adamw_step,
     blockwise_dequantize,
     blockwise_quantize,
     dora_linear,
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NF4Weight",
     "__version__",
+    "adamw_step",
     "backends",
     "blockwise_dequantize",
     "blockwise_quantize",

@@ -85,6 +85,31 @@ def element_words(seed: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return torch.stack(blocks, dim=2).reshape(rows, groups * _WORDS)[:, :columns]
 
 
+def row_words(seed: torch.Tensor, row: int, first: int, count: int) -> torch.Tensor:
+    """Return the random words of a stretch of one row, addressed as in `element_words`.
+
+    Args:
+        seed: 0-dim int64.
+        row: its number, below 2^63.
+        first: column of the first word.
+        count: of words.
+
+    Returns:
+        int64 [count] with values in [0, 2^32).
+
+    Example:
+        >>> row_words(torch.tensor(7), 0, 1, 2).equal(element_words(torch.tensor(7), 1, 3)[0, 1:])
+        True
+    """
+    columns = torch.arange(first, first + count, device=seed.device)
+    block, inside = columns // (_LANES * _WORDS), columns % (_LANES * _WORDS)
+    index = block * _LANES + inside % _LANES
+    high, low = torch.full_like(index, row >> 32), torch.full_like(index, row & _WORD)
+    counter = (index & _WORD, index >> 32, low, high)
+    words = torch.stack(philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD)))
+    return words.gather(0, (inside // _LANES)[None])[0]
+
+
 def threshold(probability: float) -> int:
     """Return the word below which an element is dropped with this probability.
 

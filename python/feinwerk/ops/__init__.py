@@ -1,6 +1,7 @@
 """The operations, one folder each; their public functions are here under the same names."""
 
 from feinwerk.ops.adapters import dora_linear, grouped_lora_linear, lora_linear
+from feinwerk.ops.adamw_step import adamw_step
 from feinwerk.ops.blockwise_dequantize import blockwise_dequantize
 from feinwerk.ops.blockwise_quantize import blockwise_quantize
 from feinwerk.ops.nf4_dequantize import nf4_dequantize
@@ -10,6 +11,7 @@ from feinwerk.ops.nf4_quantize import nf4_quantize
 from feinwerk.ops.weight_norm import row_norms, weight_norm
 
 __all__ = [
+    "adamw_step",
     "blockwise_dequantize",
     "blockwise_quantize",
     "dora_linear",

@@ -1,0 +1,134 @@
+"""What adamw_step means, in plain torch: decode, update, encode, one rounding an operation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from feinwerk import philox
+from feinwerk.codebook import dynamic_map
+
+Tensors = Sequence[torch.Tensor]
+_SMALLEST_NORMAL = 2.0**-126
+
+
+def adamw_step(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    exp_avg_absmaxes: Tensors,
+    exp_avg_sq_absmaxes: Tensors,
+    remainders: Tensors,
+    steps: Sequence[int],
+    parameter_ids: Sequence[int],
+    first_elements: Sequence[int],
+    seed: torch.Tensor | None = None,
+    clip_coef: torch.Tensor | None = None,
+    grad_scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    blocksize: int = 256,
+    maximize: bool = False,
+) -> None:
+    """Update every parameter and its states in place, unless `found_inf` is not zero."""
+    if found_inf is not None and float(found_inf) != 0:
+        return
+    factor = torch.tensor(-1.0 if maximize else 1.0)
+    if clip_coef is not None:
+        factor = factor * clip_coef.float().cpu()
+    if grad_scale is not None:
+        factor = factor / grad_scale.float().cpu()
+    fp32 = {"dtype": torch.float32}
+    weight1, decay1 = torch.tensor(1 - beta1, **fp32), torch.tensor(beta2, **fp32)
+    weight2, floor = torch.tensor(1 - beta2, **fp32), torch.tensor(eps, **fp32)
+    for i, param in enumerate(params):
+        step_size = torch.tensor(lr / (1 - beta1 ** steps[i]), **fp32)
+        correction = torch.tensor(1 / math.sqrt(1 - beta2 ** steps[i]), **fp32)
+        shrink = torch.tensor(1 - lr * weight_decay, **fp32)
+        quantized = exp_avgs[i].dtype is torch.uint8
+        if quantized:
+            m = _decode(exp_avgs[i], exp_avg_absmaxes[i], blocksize, signed=True)
+            v = _decode(exp_avg_sqs[i], exp_avg_sq_absmaxes[i], blocksize, signed=False)
+        else:
+            m, v = exp_avgs[i].float(), exp_avg_sqs[i].float()
+        p = _joined(param, remainders[i]) if remainders else param.float()
+        g = grads[i].float() * factor.item()
+        m = m + (g - m) * weight1
+        v = v * decay1 + (g * g) * weight2
+        p = p * shrink - (m / (v.sqrt() * correction + floor)) * step_size
+        if quantized:
+            _encode(m, exp_avgs[i], exp_avg_absmaxes[i], blocksize, signed=True)
+            _encode(v, exp_avg_sqs[i], exp_avg_sq_absmaxes[i], blocksize, signed=False)
+        else:
+            exp_avgs[i].copy_(m)
+            exp_avg_sqs[i].copy_(v)
+        if remainders:
+            _split(p, param, remainders[i])
+        elif seed is not None and param.dtype is torch.bfloat16:
+            row = (steps[i] << 32) + parameter_ids[i]
+            param.copy_(_stochastically_rounded(p, seed, row, first_elements[i]))
+        else:
+            param.copy_(p)
+
+
+def _blocks(x: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """View [rows, blocks a row, blocksize], rows padded with zeros; a vector is one row."""
+    rows = x.reshape(x.shape[0] if x.dim() > 1 else 1, -1)
+    return F.pad(rows, (0, -rows.shape[1] % blocksize)).view(rows.shape[0], -1, blocksize)
+
+
+def _decode(
+    codes: torch.Tensor, absmax: torch.Tensor, blocksize: int, signed: bool
+) -> torch.Tensor:
+    blocks = _blocks(codes, blocksize)
+    values = dynamic_map(signed, codes.device)[blocks.int()] * absmax.view(*blocks.shape[:2], 1)
+    length = codes.numel() // max(1, blocks.shape[0])
+    return values.flatten(1)[:, :length].reshape(codes.shape)
+
+
+def _encode(
+    x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, blocksize: int, signed: bool
+) -> None:
+    """Nearest code, ties to the lower; NaN counts as zero; a positive v never becomes zero."""
+    codebook = dynamic_map(signed, x.device)
+    blocks = _blocks(torch.where(x.isnan(), 0.0, x), blocksize)
+    most = blocks.abs().amax(dim=2, keepdim=True)
+    # Below the smallest normal number the reciprocal overflows: such a block is zero.
+    scaled = torch.where(most >= _SMALLEST_NORMAL, blocks * (1.0 / most), 0.0)
+    scaled = torch.where(scaled.isnan(), 0.0, scaled)
+    nearest = torch.bucketize(scaled, (codebook[:-1] + codebook[1:]) * 0.5)
+    if not signed:
+        nearest = torch.where((scaled > 0) & (nearest == 0), 1, nearest)
+    length = x.numel() // max(1, blocks.shape[0])
+    codes.copy_(nearest.flatten(1)[:, :length].reshape(x.shape))
+    absmax.copy_(most.view(absmax.shape))
+
+
+def _joined(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """fp32 whose upper half, rounded to nearest, is `high`, and whose lower half is `low`."""
+    return ((high.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+
+
+def _split(x: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> None:
+    bits = torch.where(x.isnan(), 0x7FC00000, x.contiguous().view(torch.int32)).long()
+    high.view(torch.int16).copy_((bits + 0x8000) >> 16)
+    low.copy_(bits)
+
+
+def _stochastically_rounded(
+    x: torch.Tensor, seed: torch.Tensor, row: int, first: int
+) -> torch.Tensor:
+    """To the bf16 below or above, by the 16 high bits of the element's own random word."""
+    words = philox.row_words(seed.to(x.device), row, first, x.numel()).view(x.shape)
+    bits = x.contiguous().view(torch.int32).long()
+    rounded = ((bits + (words >> 16)) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(x.isnan(), torch.nan, rounded)
