@@ -57,6 +57,30 @@ struct AdapterPlan {
   int64_t scratch_bytes;  // per running task, multiple of 64
 };
 
+// One 8-bit dynamic map and what finds a value's nearest entry (csrc/core/dynamic_map.cpp).
+struct DynamicMap {
+  // Values of like sign, 7 leading mantissa bits and exponent make a bucket; between 2^-25 and 1
+  // none holds two midpoints.
+  static constexpr int kLowest = (127 - 25) << 7;
+  static constexpr int kBuckets = (25 << 7) + 1;
+  float values[256];
+  float midpoints[256];        // between an entry and the next; the last is infinity
+  uint8_t first[2][kBuckets];  // by sign: the least code of a bucket
+  // The same by arithmetic: magnitudes come in groups (zero, seven decades, one) of equal cells. In
+  // every octave, by the low 5 bits of its exponent, starts group[] and, above threshold[], the
+  // next. In a group the magnitude's number is the whole part of x * multiply + offset, at most
+  // top.
+  int32_t group[32];
+  float threshold[32];
+  float multiply[16], offset[16], top[16];
+};
+
+// What one step multiplies with, in fp32.
+struct AdamwScalars {
+  float grad_factor, weight1, beta2, weight2, eps;  // weight = 1 - beta
+  float shrink, step_size, correction;  // 1 - lr decay, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+};
+
 struct KernelTable {
   // Blocks [begin, end) of the weight. Returns 0 when a NaN or an infinity was met.
   int (*nf4_quantize)(const feinwerk_nf4_quantize_args& args, int64_t begin, int64_t end);
@@ -85,6 +109,11 @@ struct KernelTable {
   AdapterPlan (*adapter_plan)(const LinearBackwardArgs& args);
   void (*adapter_rows)(const LinearBackwardArgs& args, int64_t unit, uint8_t* scratch);
   int (*adapter_columns)(const LinearBackwardArgs& args, int64_t unit, uint8_t* scratch);
+
+  // Elements [begin, end) of a parameter; of one with codes, blocks [begin, end).
+  void (*adamw_step)(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tensor& tensor,
+                     const AdamwScalars& scalars, const DynamicMap (&maps)[2], int64_t begin,
+                     int64_t end);
 };
 
 // One definition per instruction set, in csrc/kernels/table.cpp.

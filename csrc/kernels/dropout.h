@@ -15,11 +15,10 @@ namespace {
 
 constexpr int64_t kDropBlock = 64;
 
-// keep[c]: all bits set where column 64 block + c of a row stays, else none, for n blocks: a round
-// waits for the one before, so several vectors go side by side.
+// words[c]: the word of column 64 block + c of a row, for n blocks: a round waits for the one
+// before, so several vectors go side by side.
 template <int n>
-inline void keep_blocks(const feinwerk_dropout& dropout, int64_t row, int64_t block,
-                        uint32_t* keep) {
+inline void random_blocks(uint64_t seed, int64_t row, int64_t block, uint32_t* words) {
   constexpr int kCounters = 16;
   constexpr int kVectors = kCounters / kWidth;
   static constexpr uint32_t kCount[kCounters] = {0, 1, 2,  3,  4,  5,  6,  7,
@@ -36,8 +35,8 @@ inline void keep_blocks(const feinwerk_dropout& dropout, int64_t row, int64_t bl
     c[3][v] = set1_words(static_cast<uint32_t>(r >> 32));
   }
   const I m0 = set1_words(0xD2511F53), m1 = set1_words(0xCD9E8D57);
-  uint32_t k0 = static_cast<uint32_t>(dropout.seed);
-  uint32_t k1 = static_cast<uint32_t>(dropout.seed >> 32);
+  uint32_t k0 = static_cast<uint32_t>(seed);
+  uint32_t k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9, k1 += 0xBB67AE85) {
     const I key0 = set1_words(k0), key1 = set1_words(k1);
     for (int v = 0; v < n * kVectors; ++v) {
@@ -52,8 +51,15 @@ inline void keep_blocks(const feinwerk_dropout& dropout, int64_t row, int64_t bl
   }
   for (int v = 0; v < n * kVectors; ++v)
     for (int word = 0; word < 4; ++word)
-      store_words(keep + v / kVectors * kDropBlock + word * kCounters + v % kVectors * kWidth,
+      store_words(words + v / kVectors * kDropBlock + word * kCounters + v % kVectors * kWidth,
                   c[word][v]);
+}
+
+// keep[c]: all bits set where the element stays, else none.
+template <int n>
+inline void keep_blocks(const feinwerk_dropout& dropout, int64_t row, int64_t block,
+                        uint32_t* keep) {
+  random_blocks<n>(dropout.seed, row, block, keep);
   for (int i = 0; i < n * kDropBlock; ++i)
     keep[i] = keep[i] >= dropout.drop_below ? ~uint32_t{0} : 0;
 }

@@ -28,6 +28,9 @@ void linear_backward_unit(const LinearBackwardArgs& args, int64_t row, int64_t r
 AdapterPlan adapter_plan(const LinearBackwardArgs& args);
 void adapter_rows(const LinearBackwardArgs& args, int64_t unit, uint8_t* scratch);
 int adapter_columns(const LinearBackwardArgs& args, int64_t unit, uint8_t* scratch);
+void adamw_step(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tensor& tensor,
+                const AdamwScalars& scalars, const DynamicMap (&maps)[2], int64_t begin,
+                int64_t end);
 
 }  // namespace FEINWERK_ISA_NAME
 }  // namespace feinwerk

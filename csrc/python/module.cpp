@@ -115,6 +115,22 @@ std::vector<feinwerk_adapter> adapters_of(const py::list& list) {
   return adapters;
 }
 
+// (param, remainder, grad, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, absmax_count,
+//  rows, cols, step, parameter, first_element)
+std::vector<feinwerk_adamw_tensor> adamw_tensors_of(const py::list& list) {
+  std::vector<feinwerk_adamw_tensor> tensors;
+  for (const py::handle& item : list) {
+    const auto t = item.cast<py::tuple>();
+    const auto address = [&](std::size_t i) { return t[i].cast<Address>(); };
+    const auto number = [&](std::size_t i) { return t[i].cast<int64_t>(); };
+    tensors.push_back({at<void>(address(0)), at<int16_t>(address(1)), at<const void>(address(2)),
+                       at<void>(address(3)), at<void>(address(4)), at<float>(address(5)),
+                       at<float>(address(6)), number(7), number(8), number(9), number(10),
+                       number(11), number(12)});
+  }
+  return tensors;
+}
+
 feinwerk_dropout dropout_of(uint64_t seed, uint32_t drop_below, float keep_scale) {
   feinwerk_dropout dropout = {};
   dropout.seed = seed;
@@ -324,6 +340,26 @@ PYBIND11_MODULE(_C, m) {
           args.out = at<float>(out);
           run(feinwerk_blockwise_dequantize, args, threads);
         });
+  m.def("adamw_step", [](const py::list& tensors, int master, int grad_dtype, int state,
+                         int64_t blocksize, double lr, double beta1, double beta2, double eps,
+                         double weight_decay, float grad_factor, uint64_t seed, int64_t threads) {
+    const auto list = adamw_tensors_of(tensors);
+    feinwerk_adamw_step_args args = {};
+    args.tensors = list.data();
+    args.tensor_count = static_cast<int64_t>(list.size());
+    args.master = static_cast<feinwerk_master>(master);
+    args.grad_dtype = dtype_of(grad_dtype);
+    args.state = static_cast<feinwerk_state>(state);
+    args.blocksize = blocksize;
+    args.lr = lr;
+    args.beta1 = beta1;
+    args.beta2 = beta2;
+    args.eps = eps;
+    args.weight_decay = weight_decay;
+    args.grad_factor = grad_factor;
+    args.seed = seed;
+    run(feinwerk_adamw_step, args, threads);
+  });
   m.def("nf4_linear_workspace", [](int64_t rows, int64_t n, int64_t k, int64_t blocksize, int dtype,
                                    int compute, int64_t threads) {
     int64_t bytes = 0;

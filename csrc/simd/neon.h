@@ -22,6 +22,12 @@ inline F set1(float x) { return vdupq_n_f32(x); }
 inline F load(const float* p) { return vld1q_f32(p); }
 inline void store(float* p, F x) { vst1q_f32(p, x); }
 inline F add(F a, F b) { return vaddq_f32(a, b); }
+inline F sub(F a, F b) { return vsubq_f32(a, b); }
+inline F div(F a, F b) { return vdivq_f32(a, b); }
+inline F square_root(F x) { return vsqrtq_f32(x); }
+inline F zero_nan(F x) {
+  return vreinterpretq_f32_u32(vandq_u32(vceqq_f32(x, x), vreinterpretq_u32_f32(x)));
+}
 inline F mul(F a, F b) { return vmulq_f32(a, b); }
 inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 inline float reduce_add(F x) {

@@ -43,6 +43,18 @@ inline void store(float* p, F x) { memcpy(p, x.v, sizeof(x.v)); }
 inline F add(F a, F b) {
   return lanes([&](int i) { return a.v[i] + b.v[i]; });
 }
+inline F sub(F a, F b) {
+  return lanes([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline F div(F a, F b) {
+  return lanes([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline F square_root(F x) {
+  return lanes([&](int i) { return __builtin_sqrtf(x.v[i]); });
+}
+inline F zero_nan(F x) {
+  return lanes([&](int i) { return x.v[i] == x.v[i] ? x.v[i] : 0.0f; });
+}
 inline F mul(F a, F b) {
   return lanes([&](int i) { return a.v[i] * b.v[i]; });
 }

@@ -120,6 +120,21 @@ def blockwise_dequantize(
     out: int,
     threads: int,
 ) -> None: ...
+def adamw_step(
+    tensors: list[tuple[int, ...]],
+    master: int,
+    grad_dtype: int,
+    state: int,
+    blocksize: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_factor: float,
+    seed: int,
+    threads: int,
+) -> None: ...
 def nf4_linear_workspace(
     rows: int, n: int, k: int, blocksize: int, dtype: int, compute: int, threads: int
 ) -> int: ...

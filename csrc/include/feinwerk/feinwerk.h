@@ -244,6 +244,51 @@ typedef struct feinwerk_blockwise_dequantize_args {
   float* out;
 } feinwerk_blockwise_dequantize_args;
 
+/* How AdamW's moments are held. */
+typedef enum feinwerk_state {
+  FEINWERK_STATE_FLOAT32 = 0,
+  FEINWERK_STATE_BFLOAT16 = 1, /* rounded to nearest even */
+  FEINWERK_STATE_DYNAMIC8 = 2  /* codes into the 8-bit dynamic maps (docs/format.md) */
+} feinwerk_state;
+
+/* How parameters are held. */
+typedef enum feinwerk_master {
+  FEINWERK_MASTER_FLOAT32 = 0, /* float */
+  FEINWERK_MASTER_REMAINDER =
+      1, /* bf16, the upper half of an fp32 master; the lower in remainder */
+  FEINWERK_MASTER_STOCHASTIC = 2 /* bf16, rounded at random */
+} feinwerk_master;
+
+/* One parameter, [rows, cols] row-major, and its states. A block of `blocksize` codes never crosses
+ * a row. */
+typedef struct feinwerk_adamw_tensor {
+  void* param;
+  int16_t* remainder; /* FEINWERK_MASTER_REMAINDER only */
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  float* exp_avg_absmax; /* FEINWERK_STATE_DYNAMIC8 only: [rows, ceil(cols / blocksize)] */
+  float* exp_avg_sq_absmax;
+  int64_t absmax_count; /* of each; 0 without codes */
+  int64_t rows, cols;
+  int64_t step;          /* 1 is the first */
+  int64_t parameter;     /* for random rounding: which parameter, in [0, 2^31) */
+  int64_t first_element; /* and which of its elements is the first here */
+} feinwerk_adamw_tensor;
+
+/* One step of AdamW over a list of parameters, in place; docs/ops/adamw_step.md. */
+typedef struct feinwerk_adamw_step_args {
+  const feinwerk_adamw_tensor* tensors;
+  int64_t tensor_count;
+  feinwerk_master master;
+  feinwerk_dtype grad_dtype;
+  feinwerk_state state;
+  int64_t blocksize;
+  double lr, beta1, beta2, eps, weight_decay;
+  float grad_factor; /* multiplies the gradients */
+  uint64_t seed;
+} feinwerk_adamw_step_args;
+
 FEINWERK_API feinwerk_status feinwerk_nf4_quantize(const feinwerk_nf4_quantize_args* args,
                                                    const feinwerk_executor* executor);
 FEINWERK_API feinwerk_status feinwerk_nf4_dequantize(const feinwerk_nf4_dequantize_args* args,
@@ -262,6 +307,9 @@ FEINWERK_API feinwerk_status feinwerk_blockwise_quantize(
     const feinwerk_blockwise_quantize_args* args, const feinwerk_executor* executor);
 FEINWERK_API feinwerk_status feinwerk_blockwise_dequantize(
     const feinwerk_blockwise_dequantize_args* args, const feinwerk_executor* executor);
+
+FEINWERK_API feinwerk_status feinwerk_adamw_step(const feinwerk_adamw_step_args* args,
+                                                 const feinwerk_executor* executor);
 
 /* Scratch that the two products need: *bytes is bounded by about 16 MiB for packed activations
  * plus 1.5 MiB per thread, whatever N is (docs/ops/nf4_linear.md has the formula). */

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from feinwerk import _native
+from feinwerk._native.adamw import adamw_step as _adamw_step
 
 Tensors = Sequence[torch.Tensor]
 
@@ -36,7 +36,7 @@ def adamw_step(
     maximize: bool = False,
 ) -> None:
     """Forward to the native kernel."""
-    _native.adamw_step(
+    _adamw_step(
         params, grads, exp_avgs, exp_avg_sqs, exp_avg_absmaxes, exp_avg_sq_absmaxes, remainders,
         steps, parameter_ids, first_elements, seed, clip_coef, grad_scale, found_inf,
         (lr, beta1, beta2, eps, weight_decay), blocksize, maximize,

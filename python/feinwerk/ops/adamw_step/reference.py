@@ -64,7 +64,9 @@ def adamw_step(
         g = grads[i].float() * factor.item()
         m = m + (g - m) * weight1
         v = v * decay1 + (g * g) * weight2
-        p = p * shrink - (m / (v.sqrt() * correction + floor)) * step_size
+        # In double: torch's own fp32 root is not always the nearest.
+        root = v.double().sqrt().float()
+        p = p * shrink - (m / (root * correction + floor)) * step_size
         if quantized:
             _encode(m, exp_avgs[i], exp_avg_absmaxes[i], blocksize, signed=True)
             _encode(v, exp_avg_sqs[i], exp_avg_sq_absmaxes[i], blocksize, signed=False)
