@@ -74,17 +74,18 @@ DynamicMap make_map(bool is_signed) {
     map.threshold[octave] =
         group <= kDecades ? boundary(group) : std::numeric_limits<float>::infinity();
   }
+  constexpr double kCell = DynamicMap::kCell, kNear = DynamicMap::kNear;
   for (int d = 1; d <= kDecades; ++d) {
     const double cells = cells_of[d], first = first_of[d];
-    map.multiply[d] = static_cast<float>(cells / 0.9 * std::pow(10.0, kDecades - d));
-    map.offset[d] = static_cast<float>(first - cells / 9.0);
-    map.top[d] = static_cast<float>(first + cells - 1);
+    map.multiply[d] = static_cast<float>(kCell * cells / 0.9 * std::pow(10.0, kDecades - d));
+    map.offset[d] = static_cast<float>(kCell * (first - cells / 9.0) + kNear);
+    map.top[d] = first_of[d] + cells_of[d] - 1;
   }
   // The middle of a cell, wherever in the group x is.
-  map.offset[0] = 0.5f;
-  map.top[0] = 0.5f;
-  map.offset[kDecades + 1] = static_cast<float>(first_of[kDecades + 1]) + 0.5f;
-  map.top[kDecades + 1] = map.offset[kDecades + 1];
+  for (const int group : {0, kDecades + 1}) {
+    map.offset[group] = static_cast<float>(kCell * (first_of[group] + 0.5));
+    map.top[group] = first_of[group];
+  }
   return map;
 }
 

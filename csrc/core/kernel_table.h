@@ -68,11 +68,13 @@ struct DynamicMap {
   uint8_t first[2][kBuckets];  // by sign: the least code of a bucket
   // The same by arithmetic: magnitudes come in groups (zero, seven decades, one) of equal cells. In
   // every octave, by the low 5 bits of its exponent, starts group[] and, above threshold[], the
-  // next. In a group the magnitude's number is the whole part of x * multiply + offset, at most
-  // top.
+  // next. With q = x * multiply + offset the magnitude's number is q / kCell, at most top. q is
+  // kNear too large, so that values nearer than kNear to a boundary have q % kCell < 2 kNear.
+  static constexpr int kCell = 4096, kNear = 2;
   int32_t group[32];
   float threshold[32];
-  float multiply[16], offset[16], top[16];
+  float multiply[16], offset[16];
+  int32_t top[16];
 };
 
 // What one step multiplies with, in fp32.

@@ -19,56 +19,74 @@ constexpr int64_t kPiece = 256;
 constexpr int64_t kKept = 1024;
 constexpr uint32_t kNan = 0x7fc00000;
 
-struct Maxima {
-  I exp_avg, exp_avg_sq;
+// The scalars in every lane.
+struct Lanes {
+  F factor, weight1, beta2, weight2, eps, shrink, step_size, correction;
+};
+inline Lanes lanes_of(const AdamwScalars& s) {
+  return {set1(s.grad_factor), set1(s.weight1), set1(s.beta2),     set1(s.weight2),
+          set1(s.eps),         set1(s.shrink),  set1(s.step_size), set1(s.correction)};
+}
+
+// Where one vector of a parameter, its gradient and its moments lies.
+struct Vectors {
+  float* param;
+  const float* grad;
+  float *exp_avg, *exp_avg_sq;
 };
 
-// Moments are `decoded * absmax`; the maxima of their magnitudes leave NaN out.
-template <bool coded>
-inline void update(const AdamwScalars& scalars, int64_t count, float* param, const float* grad,
-                   float* exp_avg, float* exp_avg_sq, float absmax, float absmax_sq,
-                   Maxima* maxima) {
-  const F factor = set1(scalars.grad_factor), weight1 = set1(scalars.weight1);
-  const F beta2 = set1(scalars.beta2), weight2 = set1(scalars.weight2), eps = set1(scalars.eps);
-  const F shrink = set1(scalars.shrink), step_size = set1(scalars.step_size);
-  const F correction = set1(scalars.correction);
-  I most = maxima->exp_avg, most_sq = maxima->exp_avg_sq;
-  // Through pointers to whole vectors: the last elements come by way of copies.
-  const auto vector = [&](float* p, const float* g, float* m, float* v) {
-    const F x = mul(load(g), factor);
-    F first = load(m), second = load(v);
-    if (coded) {
-      first = mul(first, set1(absmax));
-      second = mul(second, set1(absmax_sq));
-    }
-    first = add(first, mul(sub(x, first), weight1));
-    second = add(mul(second, beta2), mul(mul(x, x), weight2));
-    const F ratio = div(first, add(mul(square_root(second), correction), eps));
-    store(p, sub(mul(load(p), shrink), mul(ratio, step_size)));
-    store(m, first);
-    store(v, second);
-    if (coded) {
-      most = max_bits(most, abs_bits(zero_nan(first)));
-      most_sq = max_bits(most_sq, abs_bits(zero_nan(second)));
-    }
+inline void advance(const Lanes& s, F grad, F* exp_avg, F* exp_avg_sq) {
+  const F g = mul(grad, s.factor);
+  *exp_avg = add(*exp_avg, mul(sub(g, *exp_avg), s.weight1));
+  *exp_avg_sq = add(mul(*exp_avg_sq, s.beta2), mul(mul(g, g), s.weight2));
+}
+
+inline F descend(const Lanes& s, F param, F exp_avg, F exp_avg_sq) {
+  const F ratio = div(exp_avg, add(mul(square_root(exp_avg_sq), s.correction), s.eps));
+  return sub(mul(param, s.shrink), mul(ratio, s.step_size));
+}
+
+// Calls body(pointers, index) for every vector; the last elements come by way of copies, zeros
+// beside them. A null pointer stays null.
+template <class Body>
+inline void for_each_vector(const Vectors& at, int64_t count, const Body& body) {
+  const auto ahead = [](auto* p, int64_t i) { return p ? p + i : p; };
+  const auto moved = [&](int64_t i) {
+    return Vectors{ahead(at.param, i), ahead(at.grad, i), at.exp_avg + i, at.exp_avg_sq + i};
   };
   int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) vector(param + i, grad + i, exp_avg + i, exp_avg_sq + i);
-  if (i < count) {
-    // Past the end every operand is zero, and so are the moments.
-    float p[kWidth] = {}, g[kWidth] = {}, m[kWidth] = {}, v[kWidth] = {};
-    const auto bytes = static_cast<size_t>(count - i) * sizeof(float);
-    memcpy(p, param + i, bytes);
-    memcpy(g, grad + i, bytes);
-    memcpy(m, exp_avg + i, bytes);
-    memcpy(v, exp_avg_sq + i, bytes);
-    vector(p, g, m, v);
-    memcpy(param + i, p, bytes);
-    memcpy(exp_avg + i, m, bytes);
-    memcpy(exp_avg_sq + i, v, bytes);
-  }
-  maxima->exp_avg = most;
-  maxima->exp_avg_sq = most_sq;
+  for (; i + kWidth <= count; i += kWidth) body(moved(i), i);
+  if (i == count) return;
+  const Vectors from = moved(i);
+  float p[kWidth] = {}, g[kWidth] = {}, m[kWidth] = {}, v[kWidth] = {};
+  const auto bytes = static_cast<size_t>(count - i) * sizeof(float);
+  if (from.param) memcpy(p, from.param, bytes);
+  if (from.grad) memcpy(g, from.grad, bytes);
+  memcpy(m, from.exp_avg, bytes);
+  memcpy(v, from.exp_avg_sq, bytes);
+  body(Vectors{p, g, m, v}, i);
+  if (from.param) memcpy(from.param, p, bytes);
+  memcpy(from.exp_avg, m, bytes);
+  memcpy(from.exp_avg_sq, v, bytes);
+}
+
+inline void prefetch(const Vectors& at, int64_t i) {
+  constexpr int64_t kAhead = 256;  // floats
+  __builtin_prefetch(at.param + i + kAhead, 1);
+  __builtin_prefetch(at.grad + i + kAhead);
+  __builtin_prefetch(at.exp_avg + i + kAhead, 1);
+  __builtin_prefetch(at.exp_avg_sq + i + kAhead, 1);
+}
+
+inline void update(const Lanes& s, const Vectors& vectors, int64_t count) {
+  for_each_vector(vectors, count, [&](const Vectors& at, int64_t i) {
+    prefetch(vectors, i);
+    F m = load(at.exp_avg), v = load(at.exp_avg_sq);
+    advance(s, load(at.grad), &m, &v);
+    store(at.param, descend(s, load(at.param), m, v));
+    store(at.exp_avg, m);
+    store(at.exp_avg_sq, v);
+  });
 }
 
 template <class Dtype>
@@ -143,10 +161,10 @@ inline void store_param(const feinwerk_adamw_step_args& args, const feinwerk_ada
 inline void step_plain(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tensor& tensor,
                        const AdamwScalars& scalars, int64_t begin, int64_t end) {
   float params[kPiece], grads[kPiece], first[kPiece], second[kPiece];
+  const Lanes lanes = lanes_of(scalars);
   const bool narrow_states = args.state == FEINWERK_STATE_BFLOAT16;
   const bool direct = args.master == FEINWERK_MASTER_FLOAT32 && !narrow_states &&
                       args.grad_dtype == FEINWERK_FLOAT32;
-  Maxima unused = {};
   for (int64_t i = begin; i < end;) {
     const int64_t count = direct ? end - begin : min64(kPiece, end - i);
     const float* const g = grad_piece(args, tensor, i, count, grads);
@@ -157,7 +175,7 @@ inline void step_plain(const feinwerk_adamw_step_args& args, const feinwerk_adam
     }
     float* const m = narrow_states ? first : static_cast<float*>(tensor.exp_avg) + i;
     float* const v = narrow_states ? second : static_cast<float*>(tensor.exp_avg_sq) + i;
-    update<false>(scalars, count, p, g, m, v, 1.0f, 1.0f, &unused);
+    update(lanes, {p, g, m, v}, count);
     if (narrow_states) {
       narrow(m, count, static_cast<uint16_t*>(tensor.exp_avg) + i);
       narrow(v, count, static_cast<uint16_t*>(tensor.exp_avg_sq) + i);
@@ -170,48 +188,91 @@ inline void step_plain(const feinwerk_adamw_step_args& args, const feinwerk_adam
 // Below the smallest normal number the reciprocal overflows: such a block becomes zero.
 inline float reciprocal(float absmax) { return absmax >= 0x1p-126f ? 1.0f / absmax : 0.0f; }
 
-// Elements [begin, end), at most kKept or a block of any size, that share one absmax.
-inline void step_block(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tensor& tensor,
-                       const AdamwScalars& scalars, const DynamicMap (&maps)[2], int64_t begin,
-                       int64_t end, float* absmax, float* absmax_sq) {
-  float params[kPiece], grads[kPiece], first[kKept], second[kKept];
-  uint8_t* const codes = static_cast<uint8_t*>(tensor.exp_avg);
-  uint8_t* const codes_sq = static_cast<uint8_t*>(tensor.exp_avg_sq);
-  const bool keep = end - begin <= kKept;
-  const float old = *absmax, old_sq = *absmax_sq;
-  Maxima maxima = {set1_words(0), set1_words(0)};
-  float inverse = 0, inverse_sq = 0;
-  const auto encode = [&](int64_t i, int64_t count, const float* m, const float* v) {
-    moment_codes<true>(maps[0], m, inverse, count, codes + i);
-    moment_codes<false>(maps[1], v, inverse_sq, count, codes_sq + i);
-  };
-  // The second pass is for large blocks only, and writes what the first has only computed.
-  for (int pass = 0; pass < (keep ? 1 : 2); ++pass) {
-    const bool writes = keep || pass == 1;
-    for (int64_t i = begin; i < end; i += kPiece) {
-      const int64_t count = min64(kPiece, end - i);
-      float* const m = keep ? first + (i - begin) : first;
-      float* const v = keep ? second + (i - begin) : second;
-      look_up(maps[0].values, codes + i, count, m);
-      look_up(maps[1].values, codes_sq + i, count, v);
-      const float* const g = grad_piece(args, tensor, i, count, grads);
-      float* p = param_piece(args, tensor, i, count, params);
-      if (!writes && p != params) {
-        memcpy(params, p, static_cast<size_t>(count) * 4);
-        p = params;
-      }
-      update<true>(scalars, count, p, g, m, v, old, old_sq, &maxima);
-      if (writes) store_param(args, tensor, i, count, p);
-      if (pass == 1) encode(i, count, m, v);
-    }
-    if (pass == 0) {
-      *absmax = float_of_bits(reduce_max_bits(maxima.exp_avg));
-      *absmax_sq = float_of_bits(reduce_max_bits(maxima.exp_avg_sq));
-      inverse = reciprocal(*absmax);
-      inverse_sq = reciprocal(*absmax_sq);
-    }
+// One block of codes: elements [begin, end) of the parameter.
+struct Block {
+  const feinwerk_adamw_step_args& args;
+  const feinwerk_adamw_tensor& tensor;
+  const DynamicMap (&maps)[2];
+  const Lanes& lanes;
+  float old_absmax, old_absmax_sq;
+  float inverse, inverse_sq;  // of the new ones
+  F most, most_sq;
+
+  uint8_t* codes() const { return static_cast<uint8_t*>(tensor.exp_avg); }
+  uint8_t* codes_sq() const { return static_cast<uint8_t*>(tensor.exp_avg_sq); }
+
+  // The new moments of `count` elements, and the maxima of their magnitudes but for NaN.
+  void decode(int64_t i, int64_t count, float* m, float* v) {
+    float grads[kPiece];
+    look_up(maps[0].values, codes() + i, count, m);
+    look_up(maps[1].values, codes_sq() + i, count, v);
+    float* const g = const_cast<float*>(grad_piece(args, tensor, i, count, grads));
+    const F absmax = set1(old_absmax), absmax_sq = set1(old_absmax_sq);
+    const Lanes s = lanes;
+    F high = most, high_sq = most_sq;
+    for_each_vector({nullptr, g, m, v}, count, [&](const Vectors& at, int64_t) {
+      F first = mul(load(at.exp_avg), absmax), second = mul(load(at.exp_avg_sq), absmax_sq);
+      advance(s, load(at.grad), &first, &second);
+      store(at.exp_avg, first);
+      store(at.exp_avg_sq, second);
+      high = max_number(absolute(first), high);
+      high_sq = max_number(second, high_sq);
+    });
+    most = high;
+    most_sq = high_sq;
   }
-  if (keep) encode(begin, end - begin, first, second);
+
+  // The parameter and the new codes. Division and square root, long in one unit, go beside the
+  // encoding of exp_avg, which keeps the others busy.
+  void encode(int64_t begin, int64_t count, float* m, float* v) const {
+    float params[kPiece];
+    float* const p = param_piece(args, tensor, begin, count, params);
+    uint8_t* const to = codes() + begin;
+    uint8_t* const to_sq = codes_sq() + begin;
+    const Lanes s = lanes;
+    int64_t i = 0;
+#if defined(__AVX512BW__)
+    const F scale = set1(inverse), scale_sq = set1(inverse_sq);
+    const Encoder16<true> encoder(maps[0]);
+    for (; i + kWidth <= count; i += kWidth) {
+      const F first = load(m + i);
+      store(p + i, descend(s, load(p + i), first, load(v + i)));
+      if (__builtin_expect(encoder(mul(first, scale), to + i) != 0, 0))
+        moment_codes<true>(maps[0], m + i, inverse, kWidth, to + i);
+    }
+    const Encoder16<false> encoder_sq(maps[1]);
+    for (int64_t j = 0; j < i; j += kWidth)
+      if (__builtin_expect(encoder_sq(mul(load(v + j), scale_sq), to_sq + j) != 0, 0))
+        moment_codes<false>(maps[1], v + j, inverse_sq, kWidth, to_sq + j);
+#endif
+    for_each_vector({p + i, nullptr, m + i, v + i}, count - i, [&](const Vectors& at, int64_t) {
+      store(at.param, descend(s, load(at.param), load(at.exp_avg), load(at.exp_avg_sq)));
+    });
+    moment_codes<true>(maps[0], m + i, inverse, count - i, to + i);
+    moment_codes<false>(maps[1], v + i, inverse_sq, count - i, to_sq + i);
+    store_param(args, tensor, begin, count, p);
+  }
+};
+
+inline void step_block(Block& block, int64_t begin, int64_t end, float* absmax, float* absmax_sq) {
+  float first[kKept], second[kKept];
+  const bool keep = end - begin <= kKept;
+  block.old_absmax = *absmax;
+  block.old_absmax_sq = *absmax_sq;
+  block.most = block.most_sq = zero();
+  for (int64_t i = begin; i < end; i += kPiece) {
+    const int64_t at = keep ? i - begin : 0;
+    block.decode(i, min64(kPiece, end - i), first + at, second + at);
+  }
+  *absmax = reduce_max(block.most);
+  *absmax_sq = reduce_max(block.most_sq);
+  block.inverse = reciprocal(*absmax);
+  block.inverse_sq = reciprocal(*absmax_sq);
+  for (int64_t i = begin; i < end; i += kPiece) {
+    const int64_t count = min64(kPiece, end - i), at = keep ? i - begin : 0;
+    if (!keep) block.decode(i, count, first, second);
+    block.encode(i, count, first + at, second + at);
+  }
 }
 
 }  // namespace
@@ -222,13 +283,15 @@ void adamw_step(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tenso
                 const AdamwScalars& scalars, const DynamicMap (&maps)[2], int64_t begin,
                 int64_t end) {
   if (args.state != FEINWERK_STATE_DYNAMIC8) return step_plain(args, tensor, scalars, begin, end);
+  const Lanes lanes = lanes_of(scalars);
+  Block shared = {args, tensor, maps, lanes, 0, 0, 0, 0, zero(), zero()};
   const int64_t blocks_a_row = (tensor.cols + args.blocksize - 1) / args.blocksize;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t row = block / blocks_a_row;
     const int64_t column = (block - row * blocks_a_row) * args.blocksize;
     const int64_t first = row * tensor.cols + column;
     const int64_t last = first + min64(args.blocksize, tensor.cols - column);
-    step_block(args, tensor, scalars, maps, first, last, tensor.exp_avg_absmax + block,
+    step_block(shared, first, last, tensor.exp_avg_absmax + block,
                tensor.exp_avg_sq_absmax + block);
   }
 }

@@ -23,7 +23,9 @@ inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F square_root(F x) { return _mm512_sqrt_ps(x); }
-inline F zero_nan(F x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x); }
+inline F max_number(F x, F most) { return _mm512_max_ps(x, most); }
+inline F absolute(F x) { return _mm512_abs_ps(x); }
+inline float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline float reduce_add(F x) { return _mm512_reduce_add_ps(x); }

@@ -25,9 +25,9 @@ inline F add(F a, F b) { return vaddq_f32(a, b); }
 inline F sub(F a, F b) { return vsubq_f32(a, b); }
 inline F div(F a, F b) { return vdivq_f32(a, b); }
 inline F square_root(F x) { return vsqrtq_f32(x); }
-inline F zero_nan(F x) {
-  return vreinterpretq_f32_u32(vandq_u32(vceqq_f32(x, x), vreinterpretq_u32_f32(x)));
-}
+inline F max_number(F x, F most) { return vmaxnmq_f32(x, most); }
+inline F absolute(F x) { return vabsq_f32(x); }
+inline float reduce_max(F x) { return vmaxvq_f32(x); }
 inline F mul(F a, F b) { return vmulq_f32(a, b); }
 inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 inline float reduce_add(F x) {

@@ -52,8 +52,16 @@ inline F div(F a, F b) {
 inline F square_root(F x) {
   return lanes([&](int i) { return __builtin_sqrtf(x.v[i]); });
 }
-inline F zero_nan(F x) {
-  return lanes([&](int i) { return x.v[i] == x.v[i] ? x.v[i] : 0.0f; });
+inline F max_number(F x, F most) {
+  return lanes([&](int i) { return x.v[i] > most.v[i] ? x.v[i] : most.v[i]; });
+}
+inline F absolute(F x) {
+  return lanes([&](int i) { return __builtin_fabsf(x.v[i]); });
+}
+inline float reduce_max(F x) {
+  float most = x.v[0];
+  for (int i = 1; i < kWidth; ++i) most = x.v[i] > most ? x.v[i] : most;
+  return most;
 }
 inline F mul(F a, F b) {
   return lanes([&](int i) { return a.v[i] * b.v[i]; });

@@ -2,7 +2,8 @@
 //
 //   kWidth                     floats in a vector F; int32 lanes in I
 //   zero set1 load store add mul fma          fp32 arithmetic (fma may round twice on `scalar`)
-//   sub div square_root        the same, each rounded once;  zero_nan: 0 in place of NaN
+//   sub div square_root        the same, each rounded once
+//   absolute max_number(x, most) reduce_max    max_number is `most` where x is NaN
 //   load_bf16 load_f16 store_bf16 store_f16   conversions, round to nearest even, NaN stays NaN
 //   abs_bits max_bits reduce_max_bits    magnitudes as int32: NaN > infinity > finite
 //   reduce_add                 sum of the lanes, in a fixed order
