@@ -69,8 +69,9 @@ struct DynamicMap {
   // The same by arithmetic: magnitudes come in groups (zero, seven decades, one) of equal cells. In
   // every octave, by the low 5 bits of its exponent, starts group[] and, above threshold[], the
   // next. With q = x * multiply + offset the magnitude's number is q / kCell, at most top. q is
-  // kNear too large, so that values nearer than kNear to a boundary have q % kCell < 2 kNear.
-  static constexpr int kCell = 4096, kNear = 2;
+  // kNear too large, so that values nearer than kNear to a boundary have q % kCell < 2 kNear; the
+  // rounding of q is a quarter of that (measured over all boundaries).
+  static constexpr int kCell = 16384, kNear = 1;
   int32_t group[32];
   float threshold[32];
   float multiply[16], offset[16];

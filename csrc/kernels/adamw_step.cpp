@@ -13,10 +13,9 @@
 namespace feinwerk {
 namespace {
 
-constexpr int64_t kPiece = 256;
-// A block of codes up to this size keeps its new moments until its absmax is known; a larger one
-// computes them twice.
-constexpr int64_t kKept = 1024;
+// Floats of a piece. A block of codes up to this size keeps its new moments until its absmax is
+// known; a larger one computes them twice.
+constexpr int64_t kPiece = 1024;
 constexpr uint32_t kNan = 0x7fc00000;
 
 // The scalars in every lane.
@@ -188,90 +187,132 @@ inline void step_plain(const feinwerk_adamw_step_args& args, const feinwerk_adam
 // Below the smallest normal number the reciprocal overflows: such a block becomes zero.
 inline float reciprocal(float absmax) { return absmax >= 0x1p-126f ? 1.0f / absmax : 0.0f; }
 
-// One block of codes: elements [begin, end) of the parameter.
-struct Block {
+// A parameter with codes.
+struct Coded {
   const feinwerk_adamw_step_args& args;
   const feinwerk_adamw_tensor& tensor;
   const DynamicMap (&maps)[2];
-  const Lanes& lanes;
-  float old_absmax, old_absmax_sq;
-  float inverse, inverse_sq;  // of the new ones
-  F most, most_sq;
+  const Lanes lanes;
 
-  uint8_t* codes() const { return static_cast<uint8_t*>(tensor.exp_avg); }
-  uint8_t* codes_sq() const { return static_cast<uint8_t*>(tensor.exp_avg_sq); }
+  uint8_t* codes(int64_t i) const { return static_cast<uint8_t*>(tensor.exp_avg) + i; }
+  uint8_t* codes_sq(int64_t i) const { return static_cast<uint8_t*>(tensor.exp_avg_sq) + i; }
 
-  // The new moments of `count` elements, and the maxima of their magnitudes but for NaN.
-  void decode(int64_t i, int64_t count, float* m, float* v) {
-    float grads[kPiece];
-    look_up(maps[0].values, codes() + i, count, m);
-    look_up(maps[1].values, codes_sq() + i, count, v);
-    float* const g = const_cast<float*>(grad_piece(args, tensor, i, count, grads));
-    const F absmax = set1(old_absmax), absmax_sq = set1(old_absmax_sq);
-    const Lanes s = lanes;
-    F high = most, high_sq = most_sq;
-    for_each_vector({nullptr, g, m, v}, count, [&](const Vectors& at, int64_t) {
-      F first = mul(load(at.exp_avg), absmax), second = mul(load(at.exp_avg_sq), absmax_sq);
-      advance(s, load(at.grad), &first, &second);
-      store(at.exp_avg, first);
-      store(at.exp_avg_sq, second);
-      high = max_number(absolute(first), high);
-      high_sq = max_number(second, high_sq);
-    });
-    most = high;
-    most_sq = high_sq;
-  }
-
-  // The parameter and the new codes. Division and square root, long in one unit, go beside the
-  // encoding of exp_avg, which keeps the others busy.
-  void encode(int64_t begin, int64_t count, float* m, float* v) const {
-    float params[kPiece];
-    float* const p = param_piece(args, tensor, begin, count, params);
-    uint8_t* const to = codes() + begin;
-    uint8_t* const to_sq = codes_sq() + begin;
-    const Lanes s = lanes;
-    int64_t i = 0;
-#if defined(__AVX512BW__)
-    const F scale = set1(inverse), scale_sq = set1(inverse_sq);
-    const Encoder16<true> encoder(maps[0]);
-    for (; i + kWidth <= count; i += kWidth) {
-      const F first = load(m + i);
-      store(p + i, descend(s, load(p + i), first, load(v + i)));
-      if (__builtin_expect(encoder(mul(first, scale), to + i) != 0, 0))
-        moment_codes<true>(maps[0], m + i, inverse, kWidth, to + i);
-    }
-    const Encoder16<false> encoder_sq(maps[1]);
-    for (int64_t j = 0; j < i; j += kWidth)
-      if (__builtin_expect(encoder_sq(mul(load(v + j), scale_sq), to_sq + j) != 0, 0))
-        moment_codes<false>(maps[1], v + j, inverse_sq, kWidth, to_sq + j);
-#endif
-    for_each_vector({p + i, nullptr, m + i, v + i}, count - i, [&](const Vectors& at, int64_t) {
-      store(at.param, descend(s, load(at.param), load(at.exp_avg), load(at.exp_avg_sq)));
-    });
-    moment_codes<true>(maps[0], m + i, inverse, count - i, to + i);
-    moment_codes<false>(maps[1], v + i, inverse_sq, count - i, to_sq + i);
-    store_param(args, tensor, begin, count, p);
+  void look_up_moments(int64_t begin, int64_t count, float* m, float* v) const {
+    look_up(maps[0].values, codes(begin), count, m);
+    look_up(maps[1].values, codes_sq(begin), count, v);
   }
 };
 
-inline void step_block(Block& block, int64_t begin, int64_t end, float* absmax, float* absmax_sq) {
-  float first[kKept], second[kKept];
-  const bool keep = end - begin <= kKept;
-  block.old_absmax = *absmax;
-  block.old_absmax_sq = *absmax_sq;
-  block.most = block.most_sq = zero();
-  for (int64_t i = begin; i < end; i += kPiece) {
-    const int64_t at = keep ? i - begin : 0;
-    block.decode(i, min64(kPiece, end - i), first + at, second + at);
+struct Maxima {
+  F exp_avg, exp_avg_sq;
+};
+
+// Codebook entries to new moments; the maxima of their magnitudes leave NaN out.
+inline Maxima new_moments(const Lanes& lanes, const float* grad, float absmax, float absmax_sq,
+                          int64_t count, float* m, float* v, Maxima most) {
+  const Lanes s = lanes;
+  const F scale = set1(absmax), scale_sq = set1(absmax_sq);
+  for_each_vector({nullptr, grad, m, v}, count, [&](const Vectors& at, int64_t) {
+    F first = mul(load(at.exp_avg), scale);
+    F second = mul(load(at.exp_avg_sq), scale_sq);
+    advance(s, load(at.grad), &first, &second);
+    store(at.exp_avg, first);
+    store(at.exp_avg_sq, second);
+    most.exp_avg = max_number(absolute(first), most.exp_avg);
+    most.exp_avg_sq = max_number(second, most.exp_avg_sq);
+  });
+  return most;
+}
+
+// The parameter and the codes of exp_avg. Division and square root, long in one unit, go beside the
+// encoding, which keeps the others busy.
+inline void finish(const Coded& coded, int64_t count, float inverse, const float* m, const float* v,
+                   float* p, uint8_t* codes) {
+  const Lanes s = coded.lanes;
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  const Encoder16<true> encoder(coded.maps[0]);
+  for (; i + kWidth <= count; i += kWidth) {
+    const F first = load(m + i);
+    store(p + i, descend(s, load(p + i), first, load(v + i)));
+    if (__builtin_expect(encoder(mul(first, set1(inverse)), codes + i) != 0, 0))
+      moment_codes<true>(coded.maps[0], m + i, inverse, kWidth, codes + i);
   }
-  *absmax = reduce_max(block.most);
-  *absmax_sq = reduce_max(block.most_sq);
-  block.inverse = reciprocal(*absmax);
-  block.inverse_sq = reciprocal(*absmax_sq);
+#endif
+  moment_codes<true>(coded.maps[0], m + i, inverse, count - i, codes + i);
+  for (; i < count; i += kWidth) {
+    const F first = read_part<Float32>(m + i, count - i);
+    const F second = read_part<Float32>(v + i, count - i);
+    const F param = read_part<Float32>(p + i, count - i);
+    write_part<Float32>(p + i, count - i, descend(s, param, first, second));
+  }
+}
+
+inline void finish_sq(const DynamicMap& map, int64_t count, float inverse, const float* v,
+                      uint8_t* codes) {
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  const Encoder16<false> encoder(map);
+  for (; i + kWidth <= count; i += kWidth)
+    if (__builtin_expect(encoder(mul(load(v + i), set1(inverse)), codes + i) != 0, 0))
+      moment_codes<false>(map, v + i, inverse, kWidth, codes + i);
+#endif
+  moment_codes<false>(map, v + i, inverse, count - i, codes + i);
+}
+
+// Consecutive blocks of at most kPiece elements together; ends[] from `begin` on.
+constexpr int kRun = 16;
+struct Run {
+  int64_t begin;
+  int blocks;
+  int64_t ends[kRun];
+  float *absmax, *absmax_sq;
+};
+
+inline void step_run(const Coded& coded, const Run& run) {
+  float params[kPiece], grads[kPiece], first[kPiece], second[kPiece];
+  float inverse[kRun], inverse_sq[kRun];
+  const int64_t begin = run.begin, count = run.ends[run.blocks - 1];
+  const float* const g = grad_piece(coded.args, coded.tensor, begin, count, grads);
+  float* const p = param_piece(coded.args, coded.tensor, begin, count, params);
+  coded.look_up_moments(begin, count, first, second);
+  for (int64_t b = 0, i = 0; b < run.blocks; i = run.ends[b++]) {
+    const Maxima most = new_moments(coded.lanes, g + i, run.absmax[b], run.absmax_sq[b],
+                                    run.ends[b] - i, first + i, second + i, {zero(), zero()});
+    run.absmax[b] = reduce_max(most.exp_avg);
+    run.absmax_sq[b] = reduce_max(most.exp_avg_sq);
+    inverse[b] = reciprocal(run.absmax[b]);
+    inverse_sq[b] = reciprocal(run.absmax_sq[b]);
+  }
+  for (int64_t b = 0, i = 0; b < run.blocks; i = run.ends[b++])
+    finish(coded, run.ends[b] - i, inverse[b], first + i, second + i, p + i,
+           coded.codes(begin + i));
+  for (int64_t b = 0, i = 0; b < run.blocks; i = run.ends[b++])
+    finish_sq(coded.maps[1], run.ends[b] - i, inverse_sq[b], second + i, coded.codes_sq(begin + i));
+  store_param(coded.args, coded.tensor, begin, count, p);
+}
+
+// A block that is not kept: its moments are found twice, for their maxima and to be written.
+inline void step_large_block(const Coded& coded, int64_t begin, int64_t end, float* absmax,
+                             float* absmax_sq) {
+  float params[kPiece], grads[kPiece], first[kPiece], second[kPiece];
+  const float old = *absmax, old_sq = *absmax_sq;
+  Maxima most = {zero(), zero()};
+  const auto moments = [&](int64_t i, int64_t count) {
+    coded.look_up_moments(i, count, first, second);
+    const float* const g = grad_piece(coded.args, coded.tensor, i, count, grads);
+    most = new_moments(coded.lanes, g, old, old_sq, count, first, second, most);
+  };
+  for (int64_t i = begin; i < end; i += kPiece) moments(i, min64(kPiece, end - i));
+  *absmax = reduce_max(most.exp_avg);
+  *absmax_sq = reduce_max(most.exp_avg_sq);
   for (int64_t i = begin; i < end; i += kPiece) {
-    const int64_t count = min64(kPiece, end - i), at = keep ? i - begin : 0;
-    if (!keep) block.decode(i, count, first, second);
-    block.encode(i, count, first + at, second + at);
+    const int64_t count = min64(kPiece, end - i);
+    moments(i, count);
+    float* const p = param_piece(coded.args, coded.tensor, i, count, params);
+    finish(coded, count, reciprocal(*absmax), first, second, p, coded.codes(i));
+    finish_sq(coded.maps[1], count, reciprocal(*absmax_sq), second, coded.codes_sq(i));
+    store_param(coded.args, coded.tensor, i, count, p);
   }
 }
 
@@ -283,17 +324,28 @@ void adamw_step(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tenso
                 const AdamwScalars& scalars, const DynamicMap (&maps)[2], int64_t begin,
                 int64_t end) {
   if (args.state != FEINWERK_STATE_DYNAMIC8) return step_plain(args, tensor, scalars, begin, end);
-  const Lanes lanes = lanes_of(scalars);
-  Block shared = {args, tensor, maps, lanes, 0, 0, 0, 0, zero(), zero()};
+  const Coded coded = {args, tensor, maps, lanes_of(scalars)};
   const int64_t blocks_a_row = (tensor.cols + args.blocksize - 1) / args.blocksize;
+  Run run = {};
   for (int64_t block = begin; block < end; ++block) {
     const int64_t row = block / blocks_a_row;
     const int64_t column = (block - row * blocks_a_row) * args.blocksize;
     const int64_t first = row * tensor.cols + column;
     const int64_t last = first + min64(args.blocksize, tensor.cols - column);
-    step_block(shared, first, last, tensor.exp_avg_absmax + block,
-               tensor.exp_avg_sq_absmax + block);
+    float* const absmax = tensor.exp_avg_absmax + block;
+    float* const absmax_sq = tensor.exp_avg_sq_absmax + block;
+    if (run.blocks && (run.blocks == kRun || last - run.begin > kPiece)) {
+      step_run(coded, run);
+      run.blocks = 0;
+    }
+    if (last - first > kPiece) {
+      step_large_block(coded, first, last, absmax, absmax_sq);
+      continue;
+    }
+    if (!run.blocks) run = {first, 0, {}, absmax, absmax_sq};
+    run.ends[run.blocks++] = last - run.begin;
   }
+  if (run.blocks) step_run(coded, run);
 }
 
 }  // namespace FEINWERK_ISA_NAME
