@@ -1,1 +1,5 @@
 """Optimizers whose states are quantized: plain, sharded, and resumable at any world size."""
+
+from feinwerk.optim.gradient_norm import gradient_norm
+
+__all__ = ["gradient_norm"]
