@@ -45,7 +45,7 @@ inline F descend(const Lanes& s, F param, F exp_avg, F exp_avg_sq) {
   return sub(mul(param, s.shrink), mul(ratio, s.step_size));
 }
 
-// Calls body(pointers, index) for every vector; the last elements come by way of copies, zeros
+// Calls body(pointers) for every vector; the last elements come by way of copies, zeros
 // beside them. A null pointer stays null.
 template <class Body>
 inline void for_each_vector(const Vectors& at, int64_t count, const Body& body) {
@@ -54,7 +54,7 @@ inline void for_each_vector(const Vectors& at, int64_t count, const Body& body) 
     return Vectors{ahead(at.param, i), ahead(at.grad, i), at.exp_avg + i, at.exp_avg_sq + i};
   };
   int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) body(moved(i), i);
+  for (; i + kWidth <= count; i += kWidth) body(moved(i));
   if (i == count) return;
   const Vectors from = moved(i);
   float p[kWidth] = {}, g[kWidth] = {}, m[kWidth] = {}, v[kWidth] = {};
@@ -63,23 +63,14 @@ inline void for_each_vector(const Vectors& at, int64_t count, const Body& body) 
   if (from.grad) memcpy(g, from.grad, bytes);
   memcpy(m, from.exp_avg, bytes);
   memcpy(v, from.exp_avg_sq, bytes);
-  body(Vectors{p, g, m, v}, i);
+  body(Vectors{p, g, m, v});
   if (from.param) memcpy(from.param, p, bytes);
   memcpy(from.exp_avg, m, bytes);
   memcpy(from.exp_avg_sq, v, bytes);
 }
 
-inline void prefetch(const Vectors& at, int64_t i) {
-  constexpr int64_t kAhead = 256;  // floats
-  __builtin_prefetch(at.param + i + kAhead, 1);
-  __builtin_prefetch(at.grad + i + kAhead);
-  __builtin_prefetch(at.exp_avg + i + kAhead, 1);
-  __builtin_prefetch(at.exp_avg_sq + i + kAhead, 1);
-}
-
 inline void update(const Lanes& s, const Vectors& vectors, int64_t count) {
-  for_each_vector(vectors, count, [&](const Vectors& at, int64_t i) {
-    prefetch(vectors, i);
+  for_each_vector(vectors, count, [&](const Vectors& at) {
     F m = load(at.exp_avg), v = load(at.exp_avg_sq);
     advance(s, load(at.grad), &m, &v);
     store(at.param, descend(s, load(at.param), m, v));
@@ -212,7 +203,7 @@ inline Maxima new_moments(const Lanes& lanes, const float* grad, float absmax, f
                           int64_t count, float* m, float* v, Maxima most) {
   const Lanes s = lanes;
   const F scale = set1(absmax), scale_sq = set1(absmax_sq);
-  for_each_vector({nullptr, grad, m, v}, count, [&](const Vectors& at, int64_t) {
+  for_each_vector({nullptr, grad, m, v}, count, [&](const Vectors& at) {
     F first = mul(load(at.exp_avg), scale);
     F second = mul(load(at.exp_avg_sq), scale_sq);
     advance(s, load(at.grad), &first, &second);

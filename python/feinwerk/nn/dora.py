@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from feinwerk import _checks
+from feinwerk.nn import nf4_rows
 from feinwerk.nn.adapter import Adapter
 
 
@@ -65,7 +66,8 @@ class DoRA(Adapter):
 
     def _cached_norm(self) -> torch.Tensor | None:
         """The norm to use in eval mode without gradients; otherwise None, and none is kept."""
-        if self.training or torch.is_grad_enabled():
+        # The hooks of fully_shard gather the same tensors anew without a change of version.
+        if self.training or torch.is_grad_enabled() or nf4_rows.is_managed(self):
             self._weight_norm = None
             return None
         # Versions are a second net only: raw writes do not count there, see `invalidate`.

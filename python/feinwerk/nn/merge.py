@@ -182,7 +182,8 @@ def swap_weight(
 
     Raises:
         TypeError: if the layer does not hold its weight in the format given.
-        ValueError: if a bias is given to a layer that has none.
+        ValueError: if a bias is given to a layer that has none, or the layer's rows have been
+            viewed for sharding.
 
     Source:
         docs/guides/plain_torch.md.
@@ -203,6 +204,9 @@ def swap_weight(
     if bias is not None and old_bias is None:
         _checks.reject(ValueError, _OP, "bias", "be None for a layer without one", "a tensor")
     if isinstance(layer, NF4Module):
+        if layer.by_rows:
+            rule = "be merged before shard_nf4, or after dequantize_model"
+            _checks.reject(ValueError, _OP, "weight", rule, "rows viewed for sharding")
         kept = KeptWeight(layer.nf4_weight, old_bias)
         assert isinstance(weight, NF4Weight)
         layer._hold(weight)

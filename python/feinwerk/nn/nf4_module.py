@@ -9,7 +9,8 @@ r"""NF4Module: what NF4Linear and NF4Embedding share, an NF4 weight as plain ten
    dtype             a torch.dtype: all that a cast of the module changes            there as well
 ```
 `weight` is a parameter, so that sharding, device placement and adapters find it where they look;
-the buffers are not persistent, because the state dict has bitsandbytes' keys instead.
+the buffers are not persistent, because the state dict has bitsandbytes' keys instead. For FSDP2 the
+same bytes are seen as matrices: nf4_rows.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 
 from feinwerk import _checks, checkpoint
 from feinwerk.codebook import NESTED_BLOCKSIZE, dynamic_map
+from feinwerk.nn import nf4_rows
 from feinwerk.weight import NF4Weight
 
 _BUFFERS = ("absmax", "nested_absmax", "nested_codebook", "nested_offset")
@@ -31,13 +33,15 @@ _ModuleT = TypeVar("_ModuleT", bound="NF4Module")
 class NF4Module(nn.Module):
     """A module with one weight held in NF4; the base class of NF4Linear and NF4Embedding."""
 
-    absmax: torch.Tensor
     nested_absmax: torch.Tensor | None
     nested_codebook: torch.Tensor | None
     nested_offset: torch.Tensor | None
     blocksize: int
     dtype: torch.dtype
     weight_shape: tuple[int, int]
+    # What `feinwerk.distributed.shard_nf4` has decided: over how many ranks, or why not.
+    row_shards: int = 0
+    replicated_because: str = ""
 
     def _hold(self, weight: NF4Weight) -> None:
         """Take over the tensors of `weight`; a packed Parameter stays the same object (ties)."""
@@ -48,9 +52,18 @@ class NF4Module(nn.Module):
         packed = weight.packed
         if not isinstance(packed, nn.Parameter):
             packed = nn.Parameter(packed.reshape(-1, 1), requires_grad=False)
+        by_rows = self.by_rows
+        self._parameters.pop("absmax_rows", None)
         self._parameters["weight"] = packed
         for name in _BUFFERS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
+        if by_rows:
+            nf4_rows.view(self)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether `weight` and absmax are held as matrices that can be cut between rows."""
+        return "absmax_rows" in self._parameters
 
     @property
     def weight(self) -> torch.Tensor:
@@ -60,21 +73,38 @@ class NF4Module(nn.Module):
         floats. 0..255 are exact in fp32, bf16 and fp16, so the codes are put back here, on first
         use, and the cast's dtype becomes the output dtype.
         """
-        packed = self._parameters["weight"]
-        if packed is None:
-            raise AttributeError("weight")
-        if packed.dtype in _checks.FLOAT_DTYPES:
-            self.dtype = packed.dtype
-            if torch.compiler.is_compiling():  # a traced `.data =` may not change the dtype
-                return packed.to(torch.uint8)
-            packed.data = packed.data.to(torch.uint8)
-        return packed
+        return self._bytes("weight")
 
     @weight.setter
     def weight(self, value: torch.Tensor) -> None:
         # Reached only for what nn.Module does not register itself, such as a plain tensor that
         # torch.func or DataParallel puts in the parameter's place.
         self._parameters["weight"] = value  # type: ignore[assignment]
+
+    def _bytes(self, name: str) -> torch.Tensor:
+        parameter = self._parameters.get(name)
+        if parameter is None:
+            raise AttributeError(name)
+        if parameter.dtype in _checks.FLOAT_DTYPES:
+            self.dtype = parameter.dtype
+            if torch.compiler.is_compiling():  # a traced `.data =` may not change the dtype
+                return parameter.to(torch.uint8)
+            parameter.data = parameter.data.to(torch.uint8)
+        return parameter
+
+    @property
+    def absmax(self) -> torch.Tensor:
+        """One per block of the flattened weight: fp32, or uint8 codes with double quantization.
+
+        Raises:
+            RuntimeError: if only the rows of this rank are here.
+        """
+        if self.by_rows:
+            return nf4_rows.absmax(self, self._bytes("absmax_rows"))
+        absmax = self._buffers.get("absmax")
+        if absmax is None:
+            raise AttributeError("absmax")
+        return absmax
 
     @property
     def double_quant(self) -> bool:
@@ -123,28 +153,43 @@ class NF4Module(nn.Module):
 
     def _apply(self: _ModuleT, fn: Callable[[torch.Tensor], Any], recurse: bool = True) -> _ModuleT:
         """Move as every module does, but let a change of dtype touch nothing but `self.dtype`."""
-        packed = self.weight.data
-        before = {name: self._buffers[name] for name in _BUFFERS}
+        packed = {name: self._bytes(name).data for name in self._packed_names()}
+        before = {name: self._buffers.get(name) for name in _BUFFERS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-        dtype = fn(torch.empty(0, dtype=self.dtype, device=packed.device)).dtype
-        moved = self._parameters["weight"]
-        assert moved is not None
-        if moved.dtype is not torch.uint8:
-            moved.data = packed.to(moved.device)
+        device = packed["weight"].device
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+        for name, codes in packed.items():
+            moved = self._parameters[name]
+            assert moved is not None
+            if moved.dtype is not torch.uint8:
+                moved.data = codes.to(moved.device)
         for name, old in before.items():
-            new = self._buffers[name]
+            new = self._buffers.get(name)
             if old is not None and new is not None and new.dtype is not old.dtype:
                 self._buffers[name] = old.to(new.device)
         if dtype in _checks.FLOAT_DTYPES:
             self.dtype = dtype
         return self
 
+    def _packed_names(self) -> tuple[str, ...]:
+        return ("weight", "absmax_rows") if self.by_rows else ("weight",)
+
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        if self.by_rows and nf4_rows.is_sharded(self.weight):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            for name in nf4_rows.NESTED if self.double_quant else ():
+                tensor = self._buffers[name]
+                assert tensor is not None
+                destination[prefix + name] = tensor if keep_vars else tensor.detach()
+            return
         weight = self.nf4_weight  # also puts codes back that were cast, before they are saved
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.by_rows:
+            for name in self._packed_names():
+                del destination[prefix + name]
         for key, tensor in weight.to_bitsandbytes(prefix).items():
             destination.setdefault(key, tensor if keep_vars else tensor.detach())
 
@@ -159,12 +204,14 @@ class NF4Module(nn.Module):
         error_msgs: list[str],
     ) -> None:
         own = {key: state_dict[key] for key in checkpoint.own_keys(state_dict, prefix)}
+        own |= nf4_rows.own_entries(state_dict, prefix)
         rest = {key: value for key, value in state_dict.items() if key not in own}
         missing: list[str] = []
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
-        missing_keys += [key for key in missing if key != f"{prefix}weight"]
+        packed = {prefix + name for name in self._packed_names()}
+        missing_keys += [key for key in missing if key not in packed]
         if not own:
             if strict:
                 missing_keys += checkpoint.key_names(prefix, self.double_quant)
@@ -185,7 +232,16 @@ class NF4Module(nn.Module):
         ):
             rule = "hold NF4 codes with their quant_state (quantize a dense weight first)"
             _checks.reject(ValueError, op, key, rule, f"a dense {packed.dtype} weight")
-        loaded = NF4Weight.from_bitsandbytes(own, prefix)
+        sharded = nf4_rows.is_sharded(self.weight)
+        if sharded and assign:
+            rule = "be loaded with assign=False: fully_shard holds its parameters"
+            _checks.reject(ValueError, op, key, rule, "assign=True")
+        if nf4_rows.copy_shards(self, own, prefix):
+            return
+        if f"{prefix}absmax_rows" in own:
+            loaded = nf4_rows.read(self, own, prefix)
+        else:
+            loaded = NF4Weight.from_bitsandbytes(own, prefix)
         if loaded.shape != self.weight_shape:
             _checks.reject(ValueError, op, key, f"have shape {self.weight_shape}", loaded.shape)
         target = self.weight
@@ -199,8 +255,11 @@ class NF4Module(nn.Module):
                 "a weight on the meta device",
             )  # fmt: skip
         with torch.no_grad():
-            target.copy_(loaded.packed)
-            for name in _BUFFERS:
+            if self.by_rows:
+                nf4_rows.fill(self, loaded, key)
+            else:
+                target.copy_(loaded.packed)
+            for name in nf4_rows.NESTED if self.by_rows else _BUFFERS:
                 new, old = getattr(loaded, name), self._buffers[name]
                 if new is None:
                     self._buffers[name] = None
