@@ -97,6 +97,9 @@ def quickstart(
     double_quant: Annotated[
         bool, typer.Option(help="Quantize the NF4 scales to 8 bits as well.")
     ] = True,
+    state_bits: Annotated[
+        int, typer.Option(help="Bits of AdamW's moments: 8 (block-wise codes), 16 or 32.")
+    ] = 8,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
     resume: Annotated[
         bool,

@@ -118,8 +118,9 @@ def run(trained: Trainer, settings: Settings, source: model.Source, display: Dis
     with display.phase(f"preparing {peer}"):
         stock = adapted_model(settings, source, fused=False)
     steps = max(trained.steps, WARM_UP + PAIRS)
-    ours, theirs = (Trainer(m, trained.examples, settings, steps) for m in (trained.model, stock))
-    ours.load_state_dict(theirs.state_dict())
+    ours = Trainer(trained.model, trained.examples, settings, steps)
+    theirs = Trainer(stock, trained.examples, settings, steps, stock=True)
+    ours.load_adapters(theirs.state_dict()["adapters"])
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     with display.phase(f"training in turn with {peer}", total=WARM_UP + PAIRS) as bar:
         for pair in range(WARM_UP + PAIRS):
@@ -212,7 +213,7 @@ def memory_of(side: str, settings: Settings) -> dict[str, int]:
     examples, _ = data.split(data.load_dataset(settings.dataset).examples, settings.held_out)
     encoded = data.encode(tokenizer, examples, settings.max_length)
     adapted = adapted_model(settings, source, fused=side == "ours").train()
-    trainer = Trainer(adapted, encoded, settings, WARM_UP + PAIRS)
+    trainer = Trainer(adapted, encoded, settings, WARM_UP + PAIRS, stock=side != "ours")
     widths = [max(e.length for e in trainer.batch(step)) for step in range(WARM_UP + PAIRS)]
     widest = widths.index(max(widths))
     gc.collect()

@@ -44,6 +44,7 @@ class Settings:
     dtype: str = "auto"
     blocksize: int = 64
     double_quant: bool = True
+    state_bits: int = 8
     checkpoint_every: int = 20
     generate: bool = True
     compare: bool = False
@@ -131,6 +132,7 @@ def check(settings: Settings) -> None:
         ("held_out", "be at least 2", settings.held_out >= 2),
         ("threads", "be 0 (all cores) or more", settings.threads >= 0),
         ("dtype", f"be one of {', '.join(DTYPES)}", settings.dtype in DTYPES),
+        ("state_bits", "be 8, 16 or 32", settings.state_bits in (8, 16, 32)),
         ("blocksize", f"be one of {', '.join(map(str, sizes))}", settings.blocksize in sizes),
         ("blocksize", f"be left out: {dense}", settings.quantized or settings.blocksize == 64),
         ("double_quant", f"be left out: {dense}", settings.quantized or settings.double_quant),

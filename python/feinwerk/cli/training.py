@@ -16,6 +16,7 @@ from feinwerk.cli.answer_loss import answer_nll
 from feinwerk.cli.data import Encoded, collate, epoch_batches
 from feinwerk.cli.errors import CommandError
 from feinwerk.cli.settings import Settings
+from feinwerk.optim import AdamW
 
 WARMUP_SHARE = 0.1
 FINAL_RATE_SHARE = 0.05
@@ -73,8 +74,15 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 class Trainer:
     """The adapters (fp32 in a model of any dtype), the optimizer and the place in the data."""
 
-    def __init__(self, model: Any, examples: Sequence[Encoded], settings: Settings, steps: int):
-        """Start before step 0; `load_state_dict` goes elsewhere."""
+    def __init__(
+        self,
+        model: Any,
+        examples: Sequence[Encoded],
+        settings: Settings,
+        steps: int,
+        stock: bool = False,
+    ) -> None:
+        """Start before step 0; `load_state_dict` goes elsewhere. `stock` takes torch's AdamW."""
         self.model = model
         self.examples = examples
         self.settings = settings
@@ -86,9 +94,15 @@ class Trainer:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         self._names = [name for name, _ in named]
         self._adapters = [parameter for _, parameter in named]
-        self._optimizer = torch.optim.AdamW(
-            self._adapters, lr=settings.learning_rate, weight_decay=0.0, fused=True
-        )
+        options: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": 0.0}
+        self._optimizer: torch.optim.Optimizer
+        self._clips = not stock
+        if stock:
+            self._optimizer = torch.optim.AdamW(self._adapters, fused=True, **options)
+        else:
+            self._optimizer = AdamW(
+                self._adapters, state_bits=settings.state_bits, max_grad_norm=CLIP_NORM, **options
+            )
         self._lengths = [item.length for item in examples]
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
@@ -150,7 +164,8 @@ class Trainer:
         rate = learning_rate(self.step, self.steps, self.settings.learning_rate)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        torch.nn.utils.clip_grad_norm_(self._adapters, CLIP_NORM)
+        if not self._clips:
+            torch.nn.utils.clip_grad_norm_(self._adapters, CLIP_NORM)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -178,15 +193,22 @@ class Trainer:
         Raises:
             CommandError: if the adapters are not the ones of the checkpoint.
         """
-        saved = state["adapters"]
+        self.load_adapters(state["adapters"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.step, self.steps = int(state["step"]), int(state["steps"])
+        self.seconds = float(state["seconds"])
+        self.losses, self.tokens = list(state["losses"]), list(state["tokens"])
+        torch.set_rng_state(state["torch_rng"])
+
+    def load_adapters(self, saved: dict[str, torch.Tensor]) -> None:
+        """Take over the values of adapters of the same names and shapes.
+
+        Raises:
+            CommandError: if they are not.
+        """
         shapes = {n: tuple(p.shape) for n, p in zip(self._names, self._adapters, strict=True)}
         if {name: tuple(tensor.shape) for name, tensor in saved.items()} != shapes:
             raise CommandError("quickstart: the checkpoint's adapters must be those of this model")
         with torch.no_grad():
             for name, adapter in zip(self._names, self._adapters, strict=True):
                 adapter.copy_(saved[name])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.step, self.steps = int(state["step"]), int(state["steps"])
-        self.seconds = float(state["seconds"])
-        self.losses, self.tokens = list(state["losses"]), list(state["tokens"])
-        torch.set_rng_state(state["torch_rng"])

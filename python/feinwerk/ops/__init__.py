@@ -1,7 +1,7 @@
 """The operations, one folder each; their public functions are here under the same names."""
 
-from feinwerk.ops.adapters import dora_linear, grouped_lora_linear, lora_linear
 from feinwerk.ops.adamw_step import adamw_step
+from feinwerk.ops.adapters import dora_linear, grouped_lora_linear, lora_linear
 from feinwerk.ops.blockwise_dequantize import blockwise_dequantize
 from feinwerk.ops.blockwise_quantize import blockwise_quantize
 from feinwerk.ops.nf4_dequantize import nf4_dequantize
