@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from feinwerk import backends
-from feinwerk.nn import DoRALinear, LoRALinear, NF4Embedding, NF4Linear
+from feinwerk.nn import DoRALinear, LoRALinear, NF4Embedding, NF4Linear, nf4_rows
 from feinwerk.nn.adapter import Adapter
+from feinwerk.nn.nf4_module import NF4Module
 
 # The registered op behind each public function, where they differ.
 _REGISTERED = {"dora_linear": "lora_linear", "grouped_lora_linear": "lora_linear"}
@@ -65,7 +66,8 @@ def explain(model: nn.Module) -> Explanation:
     """Say for every layer with a weight matrix which way its next forward takes, and why.
 
     Reads the model's state (training mode, active and merged adapters, where weights live); runs
-    nothing. A fused PEFT layer whose last call was left to PEFT because of its input says so.
+    nothing. A fused PEFT layer whose last call was left to PEFT because of its input says so. After
+    `feinwerk.distributed.shard_nf4` the reason tells how each NF4 weight is sharded, or why not.
 
     Args:
         model: any module; PEFT is not needed for one without its layers.
@@ -99,6 +101,9 @@ def _rows(module: nn.Module, name: str) -> Iterator[LayerPath]:
         if op:
             device = _device(module)
             backend = backends.serving(_REGISTERED.get(op, op), device)[0]
+        sharding = _sharding(module)
+        if sharding:
+            why = f"{why}; {sharding}"
         yield LayerPath(name, _class_name(module), path, op, backend, why)
         return
     for child_name, child in module.named_children():
@@ -132,6 +137,14 @@ def _adapter(module: Adapter) -> tuple[str, str, str]:
         op = "dora_linear" if isinstance(module, DoRALinear) else "lora_linear"
         return "fused", op, f"one adapter of rank {module.lora_A.shape[0]}"
     return "dense", "", "an adapter in torch's own operations"
+
+
+def _sharding(module: nn.Module) -> str:
+    """How the layer's NF4 weight is sharded; empty where nobody asked for that."""
+    base: object = module
+    while base is not None and not isinstance(base, NF4Module):
+        base = getattr(base, "base_layer", None)
+    return nf4_rows.note(base) if isinstance(base, NF4Module) else ""
 
 
 def _origin(module: nn.Module) -> str:

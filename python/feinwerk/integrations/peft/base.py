@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from feinwerk.codebook import NESTED_BLOCKSIZE
-from feinwerk.nn import NF4Linear
+from feinwerk.nn import NF4Linear, nf4_rows
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,8 +56,16 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     )
 
 
-def read(layer: nn.Module) -> Base | str:
-    """Return the base weight of a layer, or the reason why the fused ops do not take it."""
+def is_tensor(tensor: torch.Tensor, sharded: bool = False) -> bool:
+    """Whether a fused op takes it: no subclass; with `sharded` one that fully_shard gathers."""
+    return type(tensor) in (nn.Parameter, torch.Tensor) or (sharded and nf4_rows.is_sharded(tensor))
+
+
+def read(layer: nn.Module, sharded: bool = False) -> Base | str:
+    """Return the base weight of a layer, or the reason why the fused ops do not take it.
+
+    With `sharded`, weights that fully_shard will have gathered in a forward count as they are.
+    """
     kind = type(layer)
     if kind is nn.Linear:
         base = _dense(layer)
@@ -69,7 +77,7 @@ def read(layer: nn.Module) -> Base | str:
         return f"the base layer is a {kind.__name__}"
     if isinstance(base, str):
         return base
-    if type(base.weight) not in (nn.Parameter, torch.Tensor):
+    if not is_tensor(base.weight, sharded):
         return f"the base weight is a {type(base.weight).__name__}"
     if not is_plain(layer, kind):
         return "the base layer has hooks or a replaced forward"
@@ -96,8 +104,10 @@ def _dense(layer: Any) -> Base | str:
 def read_nf4(layer: NF4Linear) -> Base:
     """The base weight of an NF4Linear."""
     packed = layer.weight
+    # A shard is not for any op; `read` refuses it by its type.
+    absmax = None if nf4_rows.is_sharded(packed) else layer.absmax
     return Base(
-        packed, packed, layer.weight_shape, layer.dtype, layer.bias, layer.absmax,
+        packed, packed, layer.weight_shape, layer.dtype, layer.bias, absmax,
         layer.nested_absmax, layer.nested_codebook, layer.nested_offset, layer.blocksize,
         layer.compute,
     )  # fmt: skip

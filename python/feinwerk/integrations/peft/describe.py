@@ -7,9 +7,10 @@ from typing import Any
 from peft.tuners import lora
 
 from feinwerk.integrations.peft import base as base_layer
+from feinwerk.integrations.peft import route
 from feinwerk.integrations.peft.fuse import fused_class
 from feinwerk.integrations.peft.layer import FusedLayer
-from feinwerk.nn import NF4Linear
+from feinwerk.nn import NF4Linear, nf4_rows
 
 
 def describe(layer: Any) -> tuple[str, str, str]:
@@ -21,7 +22,7 @@ def describe(layer: Any) -> tuple[str, str, str]:
         if fused_class(kind) is None:
             return "peft", "", f"lora.{kind.__name__} has no fused form"
         return "peft", "", "not fused yet: feinwerk.integrations.peft.fuse(model)"
-    way = layer.route()
+    way = route.find(layer, sharded=nf4_rows.is_managed(layer))
     if way.op == "":
         return "peft", "", way.why
     if way.op != "base":

@@ -36,8 +36,11 @@ class Adapter(NamedTuple):
     dropout_p: float
 
 
-def find(layer: Any, adapter_names: list[str] | None = None) -> Route:
-    """Decide from the layer's state alone, before any input is looked at."""
+def find(layer: Any, adapter_names: list[str] | None = None, sharded: bool = False) -> Route:
+    """Decide from the layer's state alone, before any input is looked at.
+
+    With `sharded`, as in a forward whose weights fully_shard has gathered.
+    """
     if layer.disable_adapters:
         return Route("base", "adapters are disabled")
     if layer.merged:
@@ -49,11 +52,11 @@ def find(layer: Any, adapter_names: list[str] | None = None) -> Route:
         names = tuple(name for name in dict.fromkeys(adapter_names) if name in here)
     if not names:
         return Route("base", "no active adapter has this layer")
-    base = base_layer.read(layer.base_layer)
+    base = base_layer.read(layer.base_layer, sharded)
     if isinstance(base, str):
         return Route("", base)
     for name in names:
-        reason = refusal(layer, name)
+        reason = refusal(layer, name, sharded)
         if reason:
             return Route("", f"adapter {name!r}: {reason}")
     if adapter_names is not None:
@@ -75,7 +78,7 @@ def _listed(names: tuple[str, ...]) -> str:
     return ("adapter " if len(names) == 1 else "adapters ") + ", ".join(map(repr, names))
 
 
-def refusal(layer: Any, name: str) -> str:
+def refusal(layer: Any, name: str, sharded: bool = False) -> str:
     """Why the fused ops do not compute this adapter; empty if they do."""
     variant = layer.lora_variant.get(name)
     if variant is not None and type(variant) is not DoraLinearVariant:
@@ -91,7 +94,7 @@ def refusal(layer: Any, name: str) -> str:
             return "the magnitude has hooks or is not PEFT's"
     for part in parts:
         weight = part.weight
-        if type(weight) not in (nn.Parameter, torch.Tensor):
+        if not base_layer.is_tensor(weight, sharded):
             return f"its weight is a {type(weight).__name__}"
         if weight.dtype not in FLOAT_DTYPES:
             return f"its weight is {weight.dtype}"
