@@ -246,7 +246,8 @@ def _by_sharding(params: Iterable[torch.Tensor]) -> dict[Any, list[torch.Tensor]
         sharding = None
         if is_dtensor(param):
             mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-            sharding = mesh, tuple(i for i, placed in enumerate(placements) if placed.is_shard())
+            cut = (i for i, placement in enumerate(placements) if not placement.is_replicate())
+            sharding = mesh, tuple(cut)
         members.setdefault(sharding, []).append(param)
     return members
 
