@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from feinwerk import _checks
+from feinwerk.nn import nf4_rows
 from feinwerk.nn.adapter import Adapter
 from feinwerk.nn.add_adapters import adapter_class, adapters_of, wrap
 from feinwerk.nn.dora import DoRA
@@ -78,6 +79,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, relative_to: str = "or
     default the file is for the base as it was before: it holds the difference s (B A - B0 A0), of
     rank 2 r, which is exact for a dense base.
 
+    Under fully_shard all ranks call this: the adapters are gathered, and rank 0 writes.
+
     Args:
         model: any module that contains adapters, unmerged.
         folder: where to write adapter_config.json and adapter_model.safetensors; made if missing.
@@ -128,7 +131,9 @@ def save_adapter(model: nn.Module, folder: str | Path, *, relative_to: str = "or
         root = math.sqrt(len(A)) if adapter.use_rslora else len(A)
         ranks[name] = (len(A), float(adapter.scaling) * root)
         for key, value in _entries(adapter, A, B).items():
-            tensors[f"{_PREFIX}{name}.{key}"] = value.detach().cpu().contiguous()
+            tensors[f"{_PREFIX}{name}.{key}"] = nf4_rows.whole(value).cpu().contiguous()
+    if any(map(nf4_rows.is_managed, adapters.values())) and torch.distributed.get_rank():
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
@@ -195,8 +200,7 @@ def load_adapter(
         for name, parts in found.items():
             adapter = adapters[name]
             for key, value in parts.items():
-                target = getattr(adapter, key)
-                target.copy_(value.reshape(target.shape))
+                nf4_rows.put(getattr(adapter, key), value)
             adapter.set_scaling(options[name]["lora_alpha"], options[name]["use_rslora"])
             adapter.invalidate()
     return list(found)
@@ -206,7 +210,7 @@ def _factors(
     op: str, name: str, adapter: Adapter, relative_to: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B for the base that the file is for."""
-    A, B = adapter.lora_A, adapter.lora_B
+    A, B = nf4_rows.whole(adapter.lora_A), nf4_rows.whole(adapter.lora_B)
     if adapter.initial_A is None or adapter.initial_B is None or relative_to == "current":
         return A, B
     if isinstance(adapter.base_layer, NF4Module):
@@ -224,7 +228,7 @@ def _entries(adapter: Adapter, A: torch.Tensor, B: torch.Tensor) -> dict[str, to
     if adapter.lora_bias is not None:
         entries["lora_B.bias"] = adapter.lora_bias
     if isinstance(adapter, DoRA):
-        magnitude: torch.Tensor = adapter.magnitude
+        magnitude = nf4_rows.whole(adapter.magnitude)
         if isinstance(adapter, LoRAConv):
             magnitude = magnitude.view(1, -1, *(1,) * (adapter.lora_A.dim() - 2))
         entries["lora_magnitude_vector"] = magnitude

@@ -178,19 +178,19 @@ class NF4Module(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        if self.by_rows and nf4_rows.is_sharded(self.weight):
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-            for name in nf4_rows.NESTED if self.double_quant else ():
-                tensor = self._buffers[name]
-                assert tensor is not None
-                destination[prefix + name] = tensor if keep_vars else tensor.detach()
-            return
-        weight = self.nf4_weight  # also puts codes back that were cast, before they are saved
+        for name in self._packed_names():
+            self._bytes(name)  # puts codes back that were cast, before they are saved
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.by_rows:
-            for name in self._packed_names():
-                del destination[prefix + name]
-        for key, tensor in weight.to_bitsandbytes(prefix).items():
+        own = nf4_rows.names(self)
+        if nf4_rows.is_managed(self):
+            # Shards; and torch's state-dict functions for FSDP look keys up as attributes.
+            for name in own:
+                tensor = getattr(self, name)
+                destination.setdefault(prefix + name, tensor if keep_vars else tensor.detach())
+            return
+        for name in own if self.by_rows else own[1:]:
+            destination.pop(prefix + name, None)
+        for key, tensor in self.nf4_weight.to_bitsandbytes(prefix).items():
             destination.setdefault(key, tensor if keep_vars else tensor.detach())
 
     def _load_from_state_dict(
@@ -204,14 +204,14 @@ class NF4Module(nn.Module):
         error_msgs: list[str],
     ) -> None:
         own = {key: state_dict[key] for key in checkpoint.own_keys(state_dict, prefix)}
-        own |= nf4_rows.own_entries(state_dict, prefix)
+        own |= nf4_rows.attribute_entries(state_dict, prefix)
         rest = {key: value for key, value in state_dict.items() if key not in own}
         missing: list[str] = []
         super()._load_from_state_dict(
             rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
-        packed = {prefix + name for name in self._packed_names()}
-        missing_keys += [key for key in missing if key not in packed]
+        held = {prefix + name for name in nf4_rows.names(self)}
+        missing_keys += [key for key in missing if key not in held]
         if not own:
             if strict:
                 missing_keys += checkpoint.key_names(prefix, self.double_quant)
@@ -238,7 +238,7 @@ class NF4Module(nn.Module):
             _checks.reject(ValueError, op, key, rule, "assign=True")
         if nf4_rows.copy_shards(self, own, prefix):
             return
-        if f"{prefix}absmax_rows" in own:
+        if nf4_rows.attribute_entries(own, prefix):
             loaded = nf4_rows.read(self, own, prefix)
         else:
             loaded = NF4Weight.from_bitsandbytes(own, prefix)

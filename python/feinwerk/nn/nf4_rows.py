@@ -49,6 +49,17 @@ def is_managed(module: nn.Module) -> bool:
     return "_is_fsdp_managed_module" in vars(module)
 
 
+def names(module: NF4Module) -> tuple[str, ...]:
+    """The attributes that hold the weight, codes first: its keys in a state dict of shards."""
+    absmax = "absmax_rows" if module.by_rows else "absmax"
+    return ("weight", absmax, *(NESTED if module.double_quant else ()))
+
+
+def persist(module: NF4Module) -> None:
+    """Make torch's state-dict functions for FSDP see the tables that are buffers."""
+    module._non_persistent_buffers_set.difference_update(("absmax", *NESTED))
+
+
 def view(module: NF4Module) -> None:
     """Give the module its tensors by rows; the parameters are new, their memory is the same."""
     N = module.weight_shape[0]
@@ -56,6 +67,7 @@ def view(module: NF4Module) -> None:
     del module._buffers["absmax"]
     module._parameters["weight"] = nn.Parameter(codes, requires_grad=False)
     module._parameters["absmax_rows"] = nn.Parameter(rows, requires_grad=False)
+    persist(module)
 
 
 def share(module: NF4Module, first: NF4Module) -> None:
@@ -99,6 +111,19 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     sharded: Any = tensor.detach()
     rows: torch.Tensor = sharded.to_local() if is_sharded(tensor) else sharded
     return rows
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All rows as a plain tensor; gathered over the mesh of a sharded one, by all its ranks."""
+    sharded: Any = tensor.detach()
+    rows: torch.Tensor = sharded.full_tensor() if is_sharded(tensor) else sharded
+    return rows
+
+
+def put(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy the rows that this rank holds of `target` out of a whole value."""
+    first, count = own_rows(target)
+    local(target).copy_(value.reshape(target.shape)[first : first + count])
 
 
 def local_weight(module: NF4Module) -> NF4Weight | None:
@@ -146,45 +171,41 @@ def fill(module: NF4Module, loaded: NF4Weight, key: str) -> None:
     packed, rows = module._parameters["weight"], module._parameters["absmax_rows"]
     assert packed is not None
     assert rows is not None
-    first, count = own_rows(packed)
-    for target, whole in ((packed, loaded.packed), (rows, loaded.absmax)):
-        matrix = whole.view(N, -1).view(torch.uint8)
-        local(target).copy_(matrix[first : first + count])
+    for target, value in ((packed, loaded.packed), (rows, loaded.absmax)):
+        put(target, value.view(N, -1).view(torch.uint8))
 
 
-def own_entries(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """What a sharded module's state dict has beside `weight`; empty for bitsandbytes' keys."""
-    if f"{prefix}absmax_rows" not in state_dict:
-        return {}
-    names = ("absmax_rows", *NESTED)
-    return {
-        prefix + name: state_dict[prefix + name] for name in names if prefix + name in state_dict
-    }
+def attribute_entries(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """What a state dict of shards has beside `weight`; empty for one with bitsandbytes' keys."""
+    keys = [prefix + name for name in ("absmax_rows", "absmax", *NESTED)]
+    return {key: state_dict[key] for key in keys if key in state_dict}
 
 
 def read(module: NF4Module, own: dict[str, Any], prefix: str) -> NF4Weight:
-    """A whole weight in the keys of a sharded module's state dict, the shards put together."""
-    op = type(module).__name__
-    for name in ("weight", *(NESTED if module.double_quant else ())):
+    """A whole weight under the names of attributes: a state dict whose shards were put together."""
+    op, by_rows = type(module).__name__, f"{prefix}absmax_rows" in own
+    nested = NESTED if module.double_quant else ()
+    for name in ("weight", "absmax_rows" if by_rows else "absmax", *nested):
         if prefix + name not in own:
             _checks.reject(ValueError, op, prefix + name, "be present", "no such key")
-    rows = own[f"{prefix}absmax_rows"].detach().reshape(-1)
-    nested = [own[prefix + name].detach() for name in NESTED] if module.double_quant else []
-    table = rows if module.double_quant else rows.view(torch.float32)
+    table = own[prefix + ("absmax_rows" if by_rows else "absmax")].detach().reshape(-1)
+    if by_rows and not module.double_quant:
+        table = table.view(torch.float32)
     packed = own[f"{prefix}weight"].detach().reshape(-1, 1)
-    return NF4Weight(packed, table, module.weight_shape, module.blocksize, module.dtype, *nested)
+    tables = [own[prefix + name].detach() for name in nested]
+    return NF4Weight(packed, table, module.weight_shape, module.blocksize, module.dtype, *tables)
 
 
 def copy_shards(module: NF4Module, own: dict[str, Any], prefix: str) -> bool:
-    """Copy what the state dict of a sharded module holds for this rank; False for whole tensors."""
-    if not is_sharded(own.get(f"{prefix}absmax_rows", torch.empty(0))):
+    """Copy what a state dict of shards holds for this rank; False for one of whole tensors."""
+    if not any(is_sharded(tensor) for tensor in own.values()):
         return False
     op = type(module).__name__
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for name in ("weight", "absmax_rows", *(NESTED if module.double_quant else ())):
-        target, loaded = getattr(module, name, None), own.get(prefix + name)
+    for name in names(module):
+        target, loaded = getattr(module, name), own.get(prefix + name)
         mine, theirs = _place(target), _place(loaded)
-        if target is None or loaded is None or mine != theirs:
+        if loaded is None or mine != theirs:
             _checks.reject(ValueError, op, prefix + name, f"be {mine} as in the module", theirs)
         pairs.append((local(target), local(loaded)))
     with torch.no_grad():
