@@ -17,7 +17,7 @@ class OffloadError(RuntimeError):
 class StatesInUse(OffloadError):
     """Another process, or another object of this one, has the directory open.
 
-    Args:
+    Attributes:
         directory: the offload directory.
         owner: what its lock file says of the owner.
     """
@@ -35,7 +35,7 @@ class StatesInUse(OffloadError):
 class IncompleteStates(OffloadError):
     """The directory has no complete generation: no step was ever committed in it.
 
-    Args:
+    Attributes:
         file: the generation file that is missing.
     """
 
@@ -55,7 +55,7 @@ class IncompleteStates(OffloadError):
 class ForeignStates(OffloadError):
     """A file belongs to another layout, rank or program.
 
-    Args:
+    Attributes:
         file: which file.
         rule: what it must be.
         got: what it is.
@@ -74,7 +74,7 @@ class ForeignStates(OffloadError):
 class CorruptStates(OffloadError):
     """A file is torn, short or changed.
 
-    Args:
+    Attributes:
         file: which file.
         bucket: which record of it, or None where it is the file as a whole.
         rule: what it must be.
