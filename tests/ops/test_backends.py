@@ -23,6 +23,7 @@ def test_every_op_is_served_and_described() -> None:
 
 def test_all_ops_are_registered() -> None:
     assert set(_library.OPS) == {
+        "adamw_step",
         "blockwise_dequantize",
         "blockwise_quantize",
         "lora_linear",
