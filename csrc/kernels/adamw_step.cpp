@@ -198,6 +198,15 @@ struct Maxima {
   F exp_avg, exp_avg_sq;
 };
 
+// Infinity times the code of zero would be NaN, in the whole block: where a moment has overflowed
+// the block starts afresh, both moments alike.
+inline void store_absmax(const Maxima& most, float* absmax, float* absmax_sq) {
+  const float first = reduce_max(most.exp_avg), second = reduce_max(most.exp_avg_sq);
+  const bool finite = first < __builtin_inff() && second < __builtin_inff();
+  *absmax = finite ? first : 0.0f;
+  *absmax_sq = finite ? second : 0.0f;
+}
+
 // Codebook entries to new moments; the maxima of their magnitudes leave NaN out.
 inline Maxima new_moments(const Lanes& lanes, const float* grad, float absmax, float absmax_sq,
                           int64_t count, float* m, float* v, Maxima most) {
@@ -226,7 +235,7 @@ inline void finish(const Coded& coded, int64_t count, float inverse, const float
   for (; i + kWidth <= count; i += kWidth) {
     const F first = load(m + i);
     store(p + i, descend(s, load(p + i), first, load(v + i)));
-    if (__builtin_expect(encoder(mul(first, set1(inverse)), codes + i) != 0, 0))
+    if (__builtin_expect(encoder(first, set1(inverse), zero(), codes + i) != 0, 0))
       moment_codes<true>(coded.maps[0], m + i, inverse, kWidth, codes + i);
   }
 #endif
@@ -244,8 +253,9 @@ inline void finish_sq(const DynamicMap& map, int64_t count, float inverse, const
   int64_t i = 0;
 #if defined(__AVX512BW__)
   const Encoder16<false> encoder(map);
+  const F floor = set1(floor_of_zero(inverse));
   for (; i + kWidth <= count; i += kWidth)
-    if (__builtin_expect(encoder(mul(load(v + i), set1(inverse)), codes + i) != 0, 0))
+    if (__builtin_expect(encoder(load(v + i), set1(inverse), floor, codes + i) != 0, 0))
       moment_codes<false>(map, v + i, inverse, kWidth, codes + i);
 #endif
   moment_codes<false>(map, v + i, inverse, count - i, codes + i);
@@ -270,8 +280,7 @@ inline void step_run(const Coded& coded, const Run& run) {
   for (int64_t b = 0, i = 0; b < run.blocks; i = run.ends[b++]) {
     const Maxima most = new_moments(coded.lanes, g + i, run.absmax[b], run.absmax_sq[b],
                                     run.ends[b] - i, first + i, second + i, {zero(), zero()});
-    run.absmax[b] = reduce_max(most.exp_avg);
-    run.absmax_sq[b] = reduce_max(most.exp_avg_sq);
+    store_absmax(most, run.absmax + b, run.absmax_sq + b);
     inverse[b] = reciprocal(run.absmax[b]);
     inverse_sq[b] = reciprocal(run.absmax_sq[b]);
   }
@@ -295,8 +304,7 @@ inline void step_large_block(const Coded& coded, int64_t begin, int64_t end, flo
     most = new_moments(coded.lanes, g, old, old_sq, count, first, second, most);
   };
   for (int64_t i = begin; i < end; i += kPiece) moments(i, min64(kPiece, end - i));
-  *absmax = reduce_max(most.exp_avg);
-  *absmax_sq = reduce_max(most.exp_avg_sq);
+  store_absmax(most, absmax, absmax_sq);
   for (int64_t i = begin; i < end; i += kPiece) {
     const int64_t count = min64(kPiece, end - i);
     moments(i, count);
@@ -316,7 +324,7 @@ void adamw_step(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tenso
                 int64_t end) {
   if (args.state != FEINWERK_STATE_DYNAMIC8) return step_plain(args, tensor, scalars, begin, end);
   const Coded coded = {args, tensor, maps, lanes_of(scalars)};
-  const int64_t blocks_a_row = (tensor.cols + args.blocksize - 1) / args.blocksize;
+  const int64_t blocks_a_row = 1 + (tensor.cols - 1) / args.blocksize;
   Run run = {};
   for (int64_t block = begin; block < end; ++block) {
     const int64_t row = block / blocks_a_row;

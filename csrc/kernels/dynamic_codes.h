@@ -16,19 +16,20 @@ inline uint8_t nearest_code(const DynamicMap& map, float s) {
   return static_cast<uint8_t>(code + (s > map.midpoints[code]));
 }
 
-// NaN counts as zero. A positive second moment never becomes zero: the step would be divided by eps
-// alone.
-template <bool is_signed>
-inline uint8_t moment_code(const DynamicMap& map, float s) {
-  const uint8_t code = nearest_code(map, s == s ? s : 0.0f);
-  return !is_signed && code == 0 && s > 0 ? 1 : code;
-}
+// A second moment above this never takes the code of zero, not even where its product with the
+// inverse underflows: the step would be divided by eps alone. A block whose inverse is 0 is zero.
+inline float floor_of_zero(float inverse) { return inverse > 0 ? 0.0f : __builtin_inff(); }
 
-// codes[i] = the nearest code of x[i] * inverse.
+// codes[i] = the nearest code of x[i] * inverse; NaN counts as zero.
 template <bool is_signed>
 inline void moment_codes(const DynamicMap& map, const float* x, float inverse, int64_t count,
                          uint8_t* codes) {
-  for (int64_t i = 0; i < count; ++i) codes[i] = moment_code<is_signed>(map, x[i] * inverse);
+  const float floor = floor_of_zero(inverse);
+  for (int64_t i = 0; i < count; ++i) {
+    const float s = x[i] * inverse;
+    const uint8_t code = nearest_code(map, s == s ? s : 0.0f);
+    codes[i] = !is_signed && code == 0 && x[i] > floor ? 1 : code;
+  }
 }
 
 #if defined(__AVX512BW__)
@@ -43,9 +44,10 @@ class Encoder16 {
         offset_(load(map.offset)),
         top_(load_dwords(map.top)) {}
 
-  // Returns the lanes, about one in a thousand, that lie so near a boundary that rounding could
-  // matter: those need the table.
-  __mmask16 operator()(F s, uint8_t* codes) const {
+  // Of x * inverse; `floor` is floor_of_zero(inverse). Returns the lanes, about one in a thousand,
+  // that lie so near a boundary that rounding could matter: those need the table.
+  __mmask16 operator()(F x, F inverse, F floor, uint8_t* codes) const {
+    const F s = mul(x, inverse);
     // 2^-31 stands for everything below, and for NaN: a maximum takes its second operand then.
     const F a = _mm512_max_ps(is_signed ? absolute(s) : s, set1(0x1p-31f));
     const I octave = _mm512_srli_epi32(_mm512_castps_si512(a), 23);  // its low 5 bits are read
@@ -70,7 +72,7 @@ class Encoder16 {
       code = _mm512_mask_sub_epi32(_mm512_add_epi32(zero, number), negative, zero, number);
       code = _mm512_max_epi32(code, _mm512_setzero_si512());  // there is no -1
     } else {
-      const __mmask16 positive = _mm512_cmp_ps_mask(s, zero(), _CMP_GT_OQ);
+      const __mmask16 positive = _mm512_cmp_ps_mask(x, floor, _CMP_GT_OQ);
       code = _mm512_mask_max_epi32(number, positive, number, _mm512_set1_epi32(1));
     }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(code));

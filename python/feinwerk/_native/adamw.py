@@ -36,14 +36,14 @@ def adamw_step(
     """One step in place; `scalars` are lr, beta1, beta2, eps, weight_decay."""
     if not params or (found_inf is not None and found_inf.item() != 0):
         return
-    factor = torch.tensor(-1.0 if maximize else 1.0)
+    factor = torch.tensor(-1.0 if maximize else 1.0, dtype=torch.float32, device="cpu")
     if clip_coef is not None:
         factor = factor * clip_coef.float()
     if grad_scale is not None:
         factor = factor / grad_scale.float()
     # Copies of gradients that are not contiguous live until the call is over.
     grads = [grad.contiguous() for grad in grads]
-    tensors = []
+    tensors: list[tuple[int, ...]] = []
     for i, param in enumerate(params):
         rows = param.shape[0] if param.dim() > 1 else 1
         absmax = (

@@ -215,7 +215,8 @@ def adamw_step(
     fp32, bf16 (rounded to nearest) or 8-bit codes into the dynamic maps, `codebook * absmax` in
     blocks of `blocksize` that never cross a row (dimension 0; a vector is one row). Codes are the
     nearest, ties to the lower, but a positive v never takes the code of zero: it would divide by
-    eps alone. A parameter is updated from v and m before they are rounded.
+    eps alone. NaN is kept as zero, and a block in which m or v overflows to infinity becomes zero
+    in both. A parameter is updated from v and m before they are rounded.
 
     bf16 parameters come with `remainders`, int16, the lower half of an fp32 master of which the
     parameter is the upper half rounded to nearest; or with a `seed`: then they are rounded up or

@@ -42,18 +42,24 @@ def adamw_step(
     """Update every parameter and its states in place, unless `found_inf` is not zero."""
     if found_inf is not None and float(found_inf) != 0:
         return
-    factor = torch.tensor(-1.0 if maximize else 1.0)
+    factor = torch.tensor(-1.0 if maximize else 1.0, dtype=torch.float32, device="cpu")
     if clip_coef is not None:
         factor = factor * clip_coef.float().cpu()
     if grad_scale is not None:
         factor = factor / grad_scale.float().cpu()
-    fp32 = {"dtype": torch.float32}
-    weight1, decay1 = torch.tensor(1 - beta1, **fp32), torch.tensor(beta2, **fp32)
-    weight2, floor = torch.tensor(1 - beta2, **fp32), torch.tensor(eps, **fp32)
+    weight1, decay1, weight2, floor = (
+        torch.tensor(x, dtype=torch.float32, device="cpu")
+        for x in (1 - beta1, beta2, 1 - beta2, eps)
+    )
     for i, param in enumerate(params):
-        step_size = torch.tensor(lr / (1 - beta1 ** steps[i]), **fp32)
-        correction = torch.tensor(1 / math.sqrt(1 - beta2 ** steps[i]), **fp32)
-        shrink = torch.tensor(1 - lr * weight_decay, **fp32)
+        step_size, correction, shrink = (
+            torch.tensor(x, dtype=torch.float32, device="cpu")
+            for x in (
+                lr / (1 - beta1 ** steps[i]),
+                1 / math.sqrt(1 - beta2 ** steps[i]),
+                1 - lr * weight_decay,
+            )
+        )
         quantized = exp_avgs[i].dtype is torch.uint8
         if quantized:
             m = _decode(exp_avgs[i], exp_avg_absmaxes[i], blocksize, signed=True)
@@ -68,6 +74,12 @@ def adamw_step(
         root = v.double().sqrt().float()
         p = p * shrink - (m / (root * correction + floor)) * step_size
         if quantized:
+            # A block in which a moment has overflowed starts afresh: infinity times the code of
+            # zero would be NaN.
+            most, most_sq = _absmax(m, blocksize), _absmax(v, blocksize)
+            finite = most.isfinite() & most_sq.isfinite()
+            exp_avg_absmaxes[i].view(finite.shape).copy_(torch.where(finite, most, 0.0))
+            exp_avg_sq_absmaxes[i].view(finite.shape).copy_(torch.where(finite, most_sq, 0.0))
             _encode(m, exp_avgs[i], exp_avg_absmaxes[i], blocksize, signed=True)
             _encode(v, exp_avg_sqs[i], exp_avg_sq_absmaxes[i], blocksize, signed=False)
         else:
@@ -84,8 +96,22 @@ def adamw_step(
 
 def _blocks(x: torch.Tensor, blocksize: int) -> torch.Tensor:
     """View [rows, blocks a row, blocksize], rows padded with zeros; a vector is one row."""
-    rows = x.reshape(x.shape[0] if x.dim() > 1 else 1, -1)
-    return F.pad(rows, (0, -rows.shape[1] % blocksize)).view(rows.shape[0], -1, blocksize)
+    rows = x.shape[0] if x.dim() > 1 else 1
+    length = x.numel() // max(1, rows)
+    size = min(blocksize, max(1, length))
+    padded = F.pad(x.reshape(rows, length), (0, -length % size))
+    return padded.reshape(rows, -(-length // size), size)
+
+
+def _flat(blocks: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Undo `_blocks`."""
+    length = like.numel() // max(1, blocks.shape[0])
+    return blocks.flatten(1)[:, :length].reshape(like.shape)
+
+
+def _absmax(x: torch.Tensor, blocksize: int) -> torch.Tensor:
+    """Largest magnitude [rows, blocks a row]; NaN counts as zero."""
+    return _blocks(torch.where(x.isnan(), 0.0, x.abs()), blocksize).amax(dim=2)
 
 
 def _decode(
@@ -93,8 +119,7 @@ def _decode(
 ) -> torch.Tensor:
     blocks = _blocks(codes, blocksize)
     values = dynamic_map(signed, codes.device)[blocks.int()] * absmax.view(*blocks.shape[:2], 1)
-    length = codes.numel() // max(1, blocks.shape[0])
-    return values.flatten(1)[:, :length].reshape(codes.shape)
+    return _flat(values, codes)
 
 
 def _encode(
@@ -102,17 +127,16 @@ def _encode(
 ) -> None:
     """Nearest code, ties to the lower; NaN counts as zero; a positive v never becomes zero."""
     codebook = dynamic_map(signed, x.device)
-    blocks = _blocks(torch.where(x.isnan(), 0.0, x), blocksize)
-    most = blocks.abs().amax(dim=2, keepdim=True)
+    blocks = _blocks(x, blocksize)
+    most = absmax.view(*blocks.shape[:2], 1)
     # Below the smallest normal number the reciprocal overflows: such a block is zero.
-    scaled = torch.where(most >= _SMALLEST_NORMAL, blocks * (1.0 / most), 0.0)
+    usable = most >= _SMALLEST_NORMAL
+    scaled = torch.where(usable, blocks * (1.0 / most), 0.0)
     scaled = torch.where(scaled.isnan(), 0.0, scaled)
     nearest = torch.bucketize(scaled, (codebook[:-1] + codebook[1:]) * 0.5)
     if not signed:
-        nearest = torch.where((scaled > 0) & (nearest == 0), 1, nearest)
-    length = x.numel() // max(1, blocks.shape[0])
-    codes.copy_(nearest.flatten(1)[:, :length].reshape(x.shape))
-    absmax.copy_(most.view(absmax.shape))
+        nearest = torch.where(usable & (blocks > 0) & (nearest == 0), 1, nearest)
+    codes.copy_(_flat(nearest, codes))
 
 
 def _joined(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
