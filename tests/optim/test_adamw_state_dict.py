@@ -111,7 +111,7 @@ def test_hooks_see_what_torch_shows_them() -> None:
     )
     other.load_state_dict(state_dict)
     assert seen == [torch.uint8, torch.uint8]
-    assert other.state["more"] == 1  # type: ignore[index]
+    assert other.state["more"] == 1
     assert len(other._optimizer_load_state_dict_pre_hooks) == 1
     assert len(other._optimizer_load_state_dict_post_hooks) == 1
     other.load_state_dict(state_dict)

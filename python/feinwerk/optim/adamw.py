@@ -65,10 +65,11 @@ class AdamW(Optimizer):
         <moment>_codes   uint8, the parameter's shape
         <moment>_absmax  fp32 [rows, ceil(row / blocksize)], rows = shape[0]
 
-    otherwise the moments themselves; and `param_remainder`, int16, for bf16 parameters. A block
-    never crosses a row, so that states sharded by rows (FSDP2) are the same bits as whole ones. For
-    a DTensor parameter they are DTensors placed as it is; Shard(0) and Replicate for 8-bit states
-    and stochastic rounding, any sharding else.
+    otherwise the moments themselves; and for bf16 parameters `param_remainder`, uint8 [*shape, 2],
+    the bytes of an int16 that `(parameter's bits << 16) + remainder` makes the fp32 master of. A
+    block never crosses a row, so that states sharded by rows (FSDP2) are the same bits as whole
+    ones. For a DTensor parameter they are DTensors placed as it is; Shard(0) and Replicate for
+    8-bit states and stochastic rounding, any sharding else.
 
     Every parameter of a group may be given as `(name, parameter)`; messages use the names then.
 

@@ -78,9 +78,7 @@ def _placed(op: str, where: str, param: torch.Tensor, value: torch.Tensor) -> to
     """Copy: the caller may go on to use what it has loaded, and steps are in place."""
     if not is_dtensor(param):
         if is_dtensor(value):
-            rule = (
-                "be a plain tensor as the parameter is (or load it with set_optimizer_state_dict)"
-            )
+            rule = "be a plain tensor as the parameter is"
             _checks.reject(TypeError, op, where, rule, "a DTensor")
         return value.to(param.device, copy=True).contiguous()
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -24,8 +24,8 @@ from feinwerk import _checks
 from feinwerk.ops import adamw_step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Codes of zero in the signed and the unsigned dynamic map.
-_ZERO_CODES = {"exp_avg": 127, "exp_avg_sq": 0}
+# The code of zero in the signed dynamic map; in the unsigned one it is 0.
+_ZEROS = {"exp_avg_codes": 127}
 
 State = dict[str, torch.Tensor]
 Shape = Sequence[int]
@@ -96,6 +96,9 @@ def global_shape_of_state(name: str, param_shape: Shape, group: Group) -> tuple[
     if name.endswith("_absmax"):
         rows, row = rows_of(param_shape)
         return rows, -(-row // group["blocksize"])
+    if name == "param_remainder":
+        # The two bytes of an int16, low byte first: neither gloo nor NCCL can send int16.
+        return *param_shape, 2
     return tuple(param_shape)
 
 
@@ -121,7 +124,7 @@ def state_dtypes(global_shape: Shape, dtype: torch.dtype, group: Group) -> dict[
         else:
             dtypes[name] = torch.bfloat16 if group["state_bits"] == 16 else torch.float32
     if dtype is torch.bfloat16 and group["bf16_params"] == "remainder":
-        dtypes["param_remainder"] = torch.int16
+        dtypes["param_remainder"] = torch.uint8
     return dtypes
 
 
@@ -149,8 +152,7 @@ def new_state(local: torch.Tensor, global_shape: Shape, group: Group) -> State:
         if name.endswith("_absmax") and len(global_shape) >= 2:
             # An empty shard may have lost the length of its rows.
             shape = (local.shape[0], global_shape_of_state(name, global_shape, group)[1])
-        zero = _ZERO_CODES[name.removesuffix("_codes")] if dtype is torch.uint8 else 0
-        state[name] = torch.full(shape, zero, dtype=dtype, device=device)
+        state[name] = torch.full(shape, _ZEROS.get(name, 0), dtype=dtype, device=device)
     return state
 
 
@@ -176,6 +178,8 @@ def wrap_state(state: State, mesh: Any, placements: Sequence[Any], global_shape:
         shape = torch.Size(global_shape)
         if name.endswith("_absmax"):
             shape = torch.Size((rows_of(global_shape)[0], *local.shape[1:]))
+        elif name == "param_remainder":
+            shape = torch.Size((*global_shape, 2))
         # The shape cannot be told from one rank's rows: shards may be uneven or empty.
         wrapped[name] = DTensor.from_local(
             local, mesh, placements, run_check=False, shape=shape, stride=_contiguous_strides(shape)
@@ -297,7 +301,9 @@ def _step_kind(
         states(f"exp_avg_sq{suffix}"),
         states("exp_avg_absmax") if quantized else (),
         states("exp_avg_sq_absmax") if quantized else (),
-        states("param_remainder") if remainders else (),
+        [words.view(torch.int16).squeeze(-1) for words in states("param_remainder")]
+        if remainders
+        else (),
         steps=[int(item.state["step"]) + 1 for item in items],
         lr=float(group["lr"]),
         beta1=float(beta1),
