@@ -21,7 +21,8 @@ def quantize_moment(
         absmax[b] = max |value_i| over block b
         code_i    = nearest entry of the dynamic map to value_i / absmax[b], ties to the lower
 
-    as `feinwerk.adamw_step` encodes them: a positive `exp_avg_sq` never takes the code of zero.
+    as `feinwerk.adamw_step` encodes them: a positive `exp_avg_sq` never takes the code of zero, NaN
+    counts as zero, and a block with an infinity is zero.
 
     Args:
         name: "exp_avg" (signed map) or "exp_avg_sq" (unsigned).
@@ -53,15 +54,19 @@ def quantize_moment(
     padded = _padded(values, blocksize)
     codebook = dynamic_map(signed, values.device)
     codes, absmax, _ = blockwise_quantize(padded, codebook, blocksize=blocksize, rule="cuda")
-    # Below the smallest normal number the reciprocal overflows: such a block is zero.
-    most = absmax.view(-1, 1)
-    scaled = torch.where(most >= _SMALLEST_NORMAL, padded.view(-1, blocksize) * (1.0 / most), 0.0)
-    by_block = codes.view(-1, blocksize)
-    # NaN counts as zero; blocks of zeros have NaN here too.
+    # Below the smallest normal number the reciprocal overflows, and infinity times the code of zero
+    # would be NaN: such a block is zero, as NaN itself is.
+    absmax = torch.where(absmax.isfinite(), absmax, 0.0)
+    most, by_block, blocked = (
+        absmax.view(-1, 1),
+        codes.view(-1, blocksize),
+        padded.view(-1, blocksize),
+    )
+    usable = most >= _SMALLEST_NORMAL
     zero = int((codebook == 0).nonzero())
-    by_block.masked_fill_((scaled == 0) | scaled.isnan(), zero)
+    by_block.masked_fill_(~usable | blocked.isnan(), zero)
     if not signed:
-        by_block.masked_fill_((scaled > 0) & (by_block == 0), 1)
+        by_block.masked_fill_(usable & (blocked > 0) & (by_block == 0), 1)
     codes = codes.view(rows, -1)[:, :row].reshape(values.shape).contiguous()
     return codes, absmax.view(rows, blocks)
 
