@@ -17,7 +17,12 @@ from feinwerk.distributed.errors import (
     MismatchedCheckpoint,
 )
 from feinwerk.distributed.replicas import verify_replicas
-from feinwerk.distributed.row_shards import local_nf4_weight, sharded_row_norms, unshard_nf4
+from feinwerk.distributed.row_shards import (
+    load_full_state_dict,
+    local_nf4_weight,
+    sharded_row_norms,
+    unshard_nf4,
+)
 from feinwerk.distributed.shard_nf4 import ShardedWeight, ShardReport, shard_nf4
 
 __all__ = [
@@ -32,6 +37,7 @@ __all__ = [
     "consolidate",
     "list_checkpoints",
     "load_checkpoint",
+    "load_full_state_dict",
     "load_latest",
     "local_nf4_weight",
     "save_checkpoint",

@@ -232,12 +232,11 @@ class NF4Module(nn.Module):
         ):
             rule = "hold NF4 codes with their quant_state (quantize a dense weight first)"
             _checks.reject(ValueError, op, key, rule, f"a dense {packed.dtype} weight")
-        sharded = nf4_rows.is_sharded(self.weight)
-        if sharded and assign:
-            rule = "be loaded with assign=False: fully_shard holds its parameters"
-            _checks.reject(ValueError, op, key, rule, "assign=True")
-        if nf4_rows.copy_shards(self, own, prefix):
+        if nf4_rows.take_shards(self, own, prefix, assign):
             return
+        if assign and nf4_rows.is_sharded(self.weight):
+            rule = "be loaded with assign=False, or as shards, under fully_shard"
+            _checks.reject(ValueError, op, key, rule, "a whole weight")
         if nf4_rows.attribute_entries(own, prefix):
             loaded = nf4_rows.read(self, own, prefix)
         else:

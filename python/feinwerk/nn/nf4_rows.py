@@ -196,21 +196,25 @@ def read(module: NF4Module, own: dict[str, Any], prefix: str) -> NF4Weight:
     return NF4Weight(packed, table, module.weight_shape, module.blocksize, module.dtype, *tables)
 
 
-def copy_shards(module: NF4Module, own: dict[str, Any], prefix: str) -> bool:
-    """Copy what a state dict of shards holds for this rank; False for one of whole tensors."""
+def take_shards(module: NF4Module, own: dict[str, Any], prefix: str, assign: bool) -> bool:
+    """Copy or assign what a state dict of shards has; False for one of whole tensors."""
     if not any(is_sharded(tensor) for tensor in own.values()):
         return False
-    op = type(module).__name__
-    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    op, found = type(module).__name__, {}
     for name in names(module):
         target, loaded = getattr(module, name), own.get(prefix + name)
         mine, theirs = _place(target), _place(loaded)
         if loaded is None or mine != theirs:
             _checks.reject(ValueError, op, prefix + name, f"be {mine} as in the module", theirs)
-        pairs.append((local(target), local(loaded)))
+        found[name] = target, loaded
     with torch.no_grad():
-        for target, loaded in pairs:
-            target.copy_(loaded)
+        for name, (target, loaded) in found.items():
+            if not assign:
+                local(target).copy_(local(loaded))
+            elif name in module._parameters:
+                module._parameters[name] = nn.Parameter(loaded.detach(), requires_grad=False)
+            else:
+                module._buffers[name] = loaded.detach()
     return True
 
 

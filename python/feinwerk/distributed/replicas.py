@@ -1,0 +1,173 @@
+"""verify_replicas: finds out whether ranks that should hold the same tensors do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from feinwerk import _checks
+from feinwerk.optim.errors import Disagreement
+
+_OP = "verify_replicas"
+_SLAB = 1 << 20  # bytes hashed at a time, 8 times that in workspace
+_Group = dist.ProcessGroup
+
+
+def verify_replicas(
+    model_or_tensors: nn.Module | Mapping[str, torch.Tensor] | Iterable[torch.Tensor],
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+) -> int:
+    """Compare the tensors that ranks hold in common, bit for bit; collective.
+
+    A DTensor is compared along the dimensions of its mesh where it is replicated: under HSDP, the
+    shards of equal rows. Shards alone have nothing to be compared with. A plain tensor, of DDP or
+    one that fully_shard ignores, is compared over all of `group`. A model's buffers count as well.
+    Only hashes of 64 bits are sent. Blocks that fully_shard has left gathered are resharded first.
+
+    Args:
+        model_or_tensors: a module, named tensors, or a list of them.
+        group: for plain tensors: a process group or a mesh; default all ranks.
+
+    Returns:
+        How many tensors had a replica to be compared with.
+
+    Raises:
+        TypeError: if what is given is none of these.
+        Disagreement: on every rank alike, naming the first tensor that differs and who holds which.
+
+    Source:
+        docs/guides/fsdp2.md.
+
+    Example:
+        See docs/guides/fsdp2.md: it takes two processes.
+    """
+    tensors = _named(model_or_tensors)
+    plain = _groups_of(group)
+    by_group: dict[int, tuple[_Group, dict[str, torch.Tensor]]] = {}
+    for name, tensor in tensors.items():
+        for one in _replicas(tensor) if isinstance(tensor, DTensor) else plain:
+            if dist.get_world_size(one) > 1:
+                by_group.setdefault(id(one), (one, {}))[1][name] = tensor
+    compared: set[str] = set()
+    for one, members in by_group.values():
+        _compare(one, members)
+        compared |= members.keys()
+    return len(compared)
+
+
+def _named(given: Any) -> dict[str, torch.Tensor]:
+    if isinstance(given, nn.Module):
+        reshard(given)
+        return {**dict(given.named_parameters()), **dict(given.named_buffers())}
+    if isinstance(given, Mapping):
+        named = dict(given)
+    elif isinstance(given, Iterable) and not isinstance(given, torch.Tensor):
+        named = {str(i): tensor for i, tensor in enumerate(given)}
+    else:
+        rule = "be a torch.nn.Module, a dict or a list of tensors"
+        _checks.reject(TypeError, _OP, "model_or_tensors", rule, type(given).__name__)
+    for name, tensor in named.items():
+        _checks.tensor(_OP, name, tensor)
+    return named
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every block that fully_shard has left gathered hold its shards alone."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _groups_of(group: Any) -> list[_Group]:
+    """Groups that connect all ranks concerned, one after the other."""
+    if isinstance(group, DeviceMesh):
+        return [group.get_group(dim) for dim in range(group.ndim)]
+    if group is None:
+        return [dist.group.WORLD] if dist.group.WORLD is not None else []
+    if not isinstance(group, dist.ProcessGroup):
+        rule = "be a process group, a DeviceMesh or None"
+        _checks.reject(TypeError, _OP, "group", rule, type(group).__name__)
+    return [group]
+
+
+def _replicas(tensor: DTensor) -> list[_Group]:
+    mesh = tensor.device_mesh
+    return [
+        mesh.get_group(dim)
+        for dim, placement in enumerate(tensor.placements)
+        if placement.is_replicate()
+    ]
+
+
+def _compare(group: _Group, members: dict[str, torch.Tensor]) -> None:
+    """Exchange (name, what it is, hash) of every tensor and raise where two ranks differ."""
+    mine = [(name, *_fingerprint(tensor)) for name, tensor in members.items()]
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    ranks = dist.get_process_group_ranks(group)
+    for position in range(max(len(entries) for entries in everyone)):
+        seen = [
+            entries[position] if position < len(entries) else ("no tensor", "", 0)
+            for entries in everyone
+        ]
+        if all(entry == seen[0] for entry in seen):
+            continue
+        held: dict[str, list[int]] = {}
+        for rank, (name, kind, value) in zip(ranks, seen, strict=True):
+            held.setdefault(f"{name}, {kind}, with hash {value:016x}", []).append(rank)
+        raise Disagreement(_OP, seen[0][0], held, "be the same on all its replicas")
+
+
+def _fingerprint(tensor: torch.Tensor) -> tuple[str, int]:
+    """What a tensor is, and a hash of the bytes held here."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(local.shape)}"
+    return kind, 0 if local.is_meta else hash_bytes(local)
+
+
+@torch.no_grad()
+def hash_bytes(tensor: torch.Tensor) -> int:
+    """A 64-bit hash of a tensor's bytes, computed where it lives, in slabs.
+
+    Every 4 bytes are mixed with their position, and the results summed modulo 2^64: the order of
+    the sum does not matter, and a change of any one word always shows.
+    """
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    total = flat.numel()
+    for begin in range(0, flat.numel(), _SLAB):
+        slab = flat[begin : begin + _SLAB]
+        if slab.numel() % 4:
+            slab = torch.cat([slab, slab.new_zeros(-slab.numel() % 4)])
+        if slab.storage_offset() % 4:
+            slab = slab.clone()
+        words = slab.view(torch.int32).long()
+        position = torch.arange(
+            begin // 4, begin // 4 + words.numel(), dtype=torch.int64, device=words.device
+        )
+        total += int(_mix(words ^ _mix(position * _STRIDE)).sum())
+    return total % (1 << 64)
+
+
+# splitmix64's constants, as the signed numbers that int64 has them as.
+_STRIDE = 0x9E3779B97F4A7C15 - (1 << 64)
+_FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
+_SECOND = 0x94D049BB133111EB - (1 << 64)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finalizer, a bijection of 64-bit words."""
+    x = (x ^ _shifted(x, 30)) * _FIRST
+    x = (x ^ _shifted(x, 27)) * _SECOND
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """A logical shift to the right: int64's own keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
