@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from feinwerk.optim import AdamW
+from tests.optim.fault_ranks import run_to_the_end
 
 # Small enough to be saved hundreds of times, and with every kind of state all the same.
 OPTIONS: dict[str, Any] = {"min_quantized_numel": 64, "blocksize": 8, "lr": 1e-2}
@@ -62,6 +64,16 @@ def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
         total.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """The results of `function(rank, world_size, *args)`; every rank must have one."""
+    endings = run_to_the_end(function, world_size, *args, limit=120)
+    bad = [e.error is not None or e.signal is not None or e.stuck for e in endings]
+    assert not any(bad), "\n".join(
+        f"rank {i}: signal {e.signal}, stuck: {e.stuck}\n{e.text}" for i, e in enumerate(endings)
+    )
+    return [ending.result for ending in endings]
 
 
 def file_bytes(path: Path) -> dict[str, bytes]:
