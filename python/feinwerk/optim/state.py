@@ -44,6 +44,8 @@ class StepItem(NamedTuple):
 
 def is_dtensor(value: object) -> bool:
     """Whether it is a DTensor; torch.distributed.tensor is not imported to find out."""
+    if type(value) is torch.Tensor or type(value) is torch.nn.Parameter:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
