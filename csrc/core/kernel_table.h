@@ -78,6 +78,9 @@ struct DynamicMap {
   int32_t top[16];
 };
 
+// The limbs of square_sum, and how many bits each has.
+constexpr int kSquareSumLimbs = FEINWERK_SQUARE_SUM_LENGTH - 2, kSquareSumBits = 30;
+
 // What one step multiplies with, in fp32.
 struct AdamwScalars {
   float grad_factor, weight1, beta2, weight2, eps;  // weight = 1 - beta
@@ -117,6 +120,8 @@ struct KernelTable {
   void (*adamw_step)(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tensor& tensor,
                      const AdamwScalars& scalars, const DynamicMap (&maps)[2], int64_t begin,
                      int64_t end);
+  // Adds rows [begin, end) to the limbs and counters.
+  void (*square_sum)(const feinwerk_rows& rows, int64_t begin, int64_t end, int64_t* limbs);
 };
 
 // One definition per instruction set, in csrc/kernels/table.cpp.

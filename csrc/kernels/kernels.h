@@ -31,6 +31,7 @@ int adapter_columns(const LinearBackwardArgs& args, int64_t unit, uint8_t* scrat
 void adamw_step(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tensor& tensor,
                 const AdamwScalars& scalars, const DynamicMap (&maps)[2], int64_t begin,
                 int64_t end);
+void square_sum(const feinwerk_rows& rows, int64_t begin, int64_t end, int64_t* limbs);
 
 }  // namespace FEINWERK_ISA_NAME
 }  // namespace feinwerk

@@ -360,6 +360,19 @@ PYBIND11_MODULE(_C, m) {
     args.seed = seed;
     run(feinwerk_adamw_step, args, threads);
   });
+  m.def("square_sum",
+        [](const py::list& tensors, Address limbs, int64_t limb_count, int64_t threads) {
+          std::vector<feinwerk_rows> rows;
+          for (const py::handle& item : tensors) {
+            const auto t = item.cast<py::tuple>();
+            rows.push_back({at<const void>(t[0].cast<Address>()), dtype_of(t[1].cast<int>()),
+                            t[2].cast<int64_t>(), t[3].cast<int64_t>()});
+          }
+          run(feinwerk_square_sum,
+              feinwerk_square_sum_args{rows.data(), static_cast<int64_t>(rows.size()),
+                                       at<int64_t>(limbs), limb_count},
+              threads);
+        });
   m.def("nf4_linear_workspace", [](int64_t rows, int64_t n, int64_t k, int64_t blocksize, int dtype,
                                    int compute, int64_t threads) {
     int64_t bytes = 0;

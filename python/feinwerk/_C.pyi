@@ -135,6 +135,9 @@ def adamw_step(
     seed: int,
     threads: int,
 ) -> None: ...
+def square_sum(
+    tensors: list[tuple[int, int, int, int]], limbs: int, limb_count: int, threads: int
+) -> None: ...
 def nf4_linear_workspace(
     rows: int, n: int, k: int, blocksize: int, dtype: int, compute: int, threads: int
 ) -> int: ...

@@ -16,6 +16,7 @@ from feinwerk.ops import (
     nf4_linear_backward,
     nf4_quantize,
     row_norms,
+    square_sum,
     weight_norm,
 )
 from feinwerk.weight import NF4Weight
@@ -43,5 +44,6 @@ __all__ = [
     "nn",
     "quantize_model",
     "row_norms",
+    "square_sum",
     "weight_norm",
 ]

@@ -33,6 +33,7 @@ def test_all_ops_are_registered() -> None:
         "nf4_linear",
         "nf4_linear_backward",
         "nf4_quantize",
+        "square_sum",
         "weight_norm",
     }
     for record in _library.OPS.values():

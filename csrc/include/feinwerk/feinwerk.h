@@ -289,6 +289,24 @@ typedef struct feinwerk_adamw_step_args {
   uint64_t seed;
 } feinwerk_adamw_step_args;
 
+/* A matrix; an element of a vector is a row of its own. */
+typedef struct feinwerk_rows {
+  const void* data;
+  feinwerk_dtype dtype;
+  int64_t rows, cols;
+} feinwerk_rows;
+
+/* The sum of all squares: fp64 sums of the rows, added up exactly. limbs[0 .. 19] hold it in units
+ * of 2^-300 in base 2^30, lowest first, without carries; limbs[20] and limbs[21] count the rows
+ * with an infinity and with a NaN. docs/ops/square_sum.md has the order within a row. */
+#define FEINWERK_SQUARE_SUM_LENGTH 22
+typedef struct feinwerk_square_sum_args {
+  const feinwerk_rows* tensors;
+  int64_t tensor_count;
+  int64_t* limbs;
+  int64_t limb_count; /* FEINWERK_SQUARE_SUM_LENGTH */
+} feinwerk_square_sum_args;
+
 FEINWERK_API feinwerk_status feinwerk_nf4_quantize(const feinwerk_nf4_quantize_args* args,
                                                    const feinwerk_executor* executor);
 FEINWERK_API feinwerk_status feinwerk_nf4_dequantize(const feinwerk_nf4_dequantize_args* args,
@@ -308,6 +326,8 @@ FEINWERK_API feinwerk_status feinwerk_blockwise_quantize(
 FEINWERK_API feinwerk_status feinwerk_blockwise_dequantize(
     const feinwerk_blockwise_dequantize_args* args, const feinwerk_executor* executor);
 
+FEINWERK_API feinwerk_status feinwerk_square_sum(const feinwerk_square_sum_args* args,
+                                                 const feinwerk_executor* executor);
 FEINWERK_API feinwerk_status feinwerk_adamw_step(const feinwerk_adamw_step_args* args,
                                                  const feinwerk_executor* executor);
 

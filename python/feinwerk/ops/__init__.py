@@ -8,6 +8,7 @@ from feinwerk.ops.nf4_dequantize import nf4_dequantize
 from feinwerk.ops.nf4_embedding import nf4_embedding
 from feinwerk.ops.nf4_linear import nf4_linear, nf4_linear_backward
 from feinwerk.ops.nf4_quantize import nf4_quantize
+from feinwerk.ops.square_sum import square_sum
 from feinwerk.ops.weight_norm import row_norms, weight_norm
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "nf4_linear_backward",
     "nf4_quantize",
     "row_norms",
+    "square_sum",
     "weight_norm",
 ]
