@@ -1,0 +1,131 @@
+"""The 8-bit codes of adamw_step against torch.bucketize: near every midpoint and over all sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from feinwerk import adamw_step
+from feinwerk.codebook import dynamic_map
+from feinwerk.testing import assert_same_bits
+
+SMALLEST_NORMAL = 2.0**-126
+# Powers of two, whose reciprocal is exact, and others; the ends of what has finite squares and of
+# the normal numbers.
+ABSMAX = (1.0, 0.75, 3.0, 1e-3, 0.1, 7e5, 1e-3 / 3, 1.8e19, 2.0**-100, 1.1 * 2.0**-126, 2.0**-126)
+
+
+def midpoints(signed: bool) -> torch.Tensor:
+    values = dynamic_map(signed)
+    return (values[:-1] + values[1:]) * 0.5
+
+
+def neighbours(x: torch.Tensor, ulps: int) -> torch.Tensor:
+    """Every x with its neighbours on both sides, `ulps` away at most."""
+    found = [x]
+    for direction in (-torch.inf, torch.inf):
+        near = x
+        for _ in range(ulps):
+            near = torch.nextafter(near, torch.tensor(direction))
+            found.append(near)
+    return torch.cat(found)
+
+
+def encode(grad: torch.Tensor, blocksize: int) -> tuple[torch.Tensor, ...]:
+    """The codes and absmax of exp_avg and exp_avg_sq when they are `grad` and its square."""
+    rows, cols = grad.shape
+    blocks = rows, -(-cols // blocksize)
+    codes = [torch.full(grad.shape, zero, dtype=torch.uint8) for zero in (127, 0)]
+    absmax = [torch.zeros(blocks), torch.zeros(blocks)]
+    adamw_step(
+        [grad.clone()], [grad], codes[:1], codes[1:], absmax[:1], absmax[1:],
+        steps=[1], lr=0.0, beta1=0.0, beta2=0.0, blocksize=blocksize,
+    )  # fmt: skip
+    return codes[0], absmax[0], codes[1], absmax[1]
+
+
+def nearest(x: torch.Tensor, absmax: torch.Tensor, signed: bool) -> torch.Tensor:
+    """What the codes have to be; x is [rows, block] and absmax [rows]."""
+    scaled = torch.where(absmax >= SMALLEST_NORMAL, 1 / absmax, 0.0)[:, None] * x
+    codes = torch.bucketize(scaled, midpoints(signed))
+    if not signed:
+        positive = (x > 0) & (absmax >= SMALLEST_NORMAL)[:, None]
+        codes = torch.where(positive & (codes == 0), 1, codes)
+    return codes.to(torch.uint8)
+
+
+def check(values: torch.Tensor, absmax: float, width: int = 255) -> tuple[torch.Tensor, ...]:
+    """Encode values in blocks that each begin with `absmax`; returns both scaled moments."""
+    rows = -(-values.numel() // width)
+    padded = torch.nn.functional.pad(values, (0, rows * width - values.numel())).view(rows, width)
+    grad = torch.cat([torch.full((rows, 1), absmax), padded], dim=1)
+    codes, most, codes_sq, most_sq = encode(grad, width + 1)
+    square = grad * grad
+    assert_same_bits(most[:, 0], grad.abs().amax(dim=1))
+    assert_same_bits(most_sq[:, 0], square.amax(dim=1))
+    assert_same_bits(codes, nearest(grad, most[:, 0], True))
+    assert_same_bits(codes_sq, nearest(square, most_sq[:, 0], False))
+    return grad / most, square / most_sq
+
+
+@pytest.mark.parametrize("absmax", ABSMAX)
+def test_around_every_midpoint_of_the_signed_map(backend: str, absmax: float) -> None:
+    scale = torch.tensor(absmax)
+    near = neighbours(midpoints(True) * scale, 3)
+    check(near[near.abs() <= scale], absmax)
+
+
+@pytest.mark.parametrize("absmax", [1.0, 1.5, 3.0, 1.7e-3, 2.0**40, 2.0**-50, 1e-14, 1e18])
+def test_around_every_midpoint_of_the_unsigned_map(backend: str, absmax: float) -> None:
+    # exp_avg_sq is the square of the gradient: its neighbours come from those of the root.
+    scale = torch.tensor(absmax)
+    middle = midpoints(False)
+    near = neighbours(middle.double().sqrt().float() * scale, 8)
+    _, scaled = check(near[near <= scale], absmax)
+    # Both sides of every midpoint were met, 4 ulps away at most.
+    found = scaled.flatten().sort().values
+    above = torch.searchsorted(found, middle, right=True)
+    step = torch.nextafter(middle, torch.tensor(2.0)) - middle
+    assert ((found[above] - middle) <= 4 * step).all()
+    assert ((middle - found[above - 1]) <= 4 * step).all()
+
+
+def test_dense_random_values(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        # All magnitudes alike: exponents are uniform, down to far below the lowest midpoint.
+        exponent = torch.rand(60_000, generator=generator) * -40
+        sign = torch.randint(2, exponent.shape, generator=generator) * 2 - 1
+        check(torch.exp2(exponent) * sign, 1.0)
+        check(torch.rand(60_000, generator=generator) * 2 - 1, 1.0)
+        check(torch.randn(60_000, generator=generator), 0.1)
+
+
+def test_ties_go_to_the_lower_code(backend: str) -> None:
+    middle = midpoints(True)
+    codes = encode(torch.cat([torch.ones(1), middle])[None], 4096)[0]
+    assert codes[0, 1:].tolist() == list(range(255))
+
+
+def test_blocks_too_small_for_a_reciprocal_are_zero(backend: str) -> None:
+    for absmax in (2.0**-126, 1.17e-38, 1e-42, 1e-45, 0.0):
+        grad = torch.full((1, 40), absmax)
+        grad[0, ::2] *= -0.5
+        codes, most, codes_sq, most_sq = encode(grad, 4096)
+        assert_same_bits(most, grad.abs().amax(dim=1, keepdim=True))
+        assert most_sq.item() == 0
+        assert (codes_sq == 0).all()
+        if absmax < SMALLEST_NORMAL:
+            assert (codes == 127).all()
+        else:
+            assert_same_bits(codes, nearest(grad, most[:, 0], True))
+
+
+@pytest.mark.full
+def test_around_midpoints_at_many_scales(backend: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for exponent in range(-125, 63, 2):
+        absmax = float((1 + torch.rand(1, generator=generator)) * 2.0**exponent)
+        scale = torch.tensor(absmax)
+        near = neighbours(midpoints(True) * scale, 3)
+        check(near[near.abs() <= scale], absmax)
