@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from feinwerk import adamw_step, testing
 from feinwerk.codebook import dynamic_map
-from feinwerk.testing import assert_same_bits, assert_within, use_backend
+from feinwerk.testing import assert_within, use_backend
 from feinwerk.testing.adamw import MASTERS, STATE_DTYPES, StepCase, make_step, spread
 
 BLOCKSIZES = (1, 7, 64, 256, 2048)
@@ -57,20 +57,6 @@ def reference_run(*arguments: Any) -> list[StepCase]:
         return run(*arguments)
 
 
-def assert_same_case(got: StepCase, want: StepCase, what: str = "") -> None:
-    for name, tensors in got.tensors.items():
-        others = getattr(want, name)
-        if not tensors or torch.equal(flat(tensors), flat(others)):
-            continue
-        for i, (left, right) in enumerate(zip(tensors, others, strict=True)):
-            assert_same_bits(left, right, f"{what} {name}[{i}] {tuple(left.shape)}")
-
-
-def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """All bits of all of them, in one vector."""
-    return torch.cat([t.flatten() for t in tensors]).view(torch.uint8)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("states", STATE_DTYPES, ids=str)
 @pytest.mark.parametrize("grads", testing.DTYPES, ids=str)
@@ -84,7 +70,7 @@ def test_same_bits_on_every_backend(
         arguments = (master, grads, states, blocksize, kind)
         both = zip(run(*arguments), reference_run(*arguments), strict=True)
         for step, (got, want) in enumerate(both):
-            assert_same_case(got, want, f"blocksize {blocksize} step {step}")
+            got.assert_same(want, f"blocksize {blocksize} step {step}")
 
 
 def check_step(case: StepCase, **changes: Any) -> None:
@@ -147,7 +133,7 @@ def test_options(backend: str, name: str) -> None:
         want = coded.copy()
         want.step(**options)
     coded.step(**options)
-    assert_same_case(coded, want)
+    coded.assert_same(want)
 
 
 def test_the_bound_notices_errors_of_a_few_roundings(backend: str) -> None:
@@ -271,7 +257,7 @@ def check_codes(
 @pytest.mark.parametrize("master", MASTERS)
 def test_many_steps(backend: str, master: str) -> None:
     if backend != "reference":
-        assert_same_case(many_steps(master), reference_steps(master))
+        many_steps(master).assert_same(reference_steps(master))
 
 
 @functools.cache
@@ -337,7 +323,7 @@ def test_any_arguments(
     case.step()
     case.advance(seed)
     case.step()
-    assert_same_case(case, want)
+    case.assert_same(want)
 
 
 def test_blocksizes_of_any_size(backend: str) -> None:
@@ -347,7 +333,7 @@ def test_blocksizes_of_any_size(backend: str) -> None:
         again.step(blocksize=blocksize)
         want = case.copy()
         want.step()
-        assert_same_case(again, want)
+        again.assert_same(want)
 
 
 def test_gradients_in_any_order_of_memory(backend: str) -> None:
@@ -363,7 +349,7 @@ def test_gradients_in_any_order_of_memory(backend: str) -> None:
             case.step()
             want.step()
             want.grads[0] = grad
-            assert_same_case(case, want)
+            case.assert_same(want)
 
 
 def test_an_empty_list(backend: str) -> None:

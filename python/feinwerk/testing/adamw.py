@@ -11,6 +11,7 @@ import torch
 
 from feinwerk.codebook import dynamic_map
 from feinwerk.ops import adamw_step
+from feinwerk.testing import assert_same_bits
 
 MASTERS = ("fp32", "remainder", "stochastic")
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
@@ -82,6 +83,16 @@ class StepCase:
         )
         return first, second
 
+    def assert_same(self, other: StepCase, what: str = "") -> None:
+        """Raise AssertionError unless every tensor has the bits of the other case's."""
+        for name, tensors in self.tensors.items():
+            theirs = getattr(other, name)
+            # Most often all are equal: one comparison instead of many.
+            if tensors and torch.equal(_bytes(tensors), _bytes(theirs)):
+                continue
+            for i, (left, right) in enumerate(zip(tensors, theirs, strict=True)):
+                assert_same_bits(left, right, f"{what} {name}[{i}] {tuple(left.shape)}")
+
     def exact(self, i: int) -> ExactStep:
         """Return what the step makes of parameter i in fp64, with the error fp32 may add."""
         scalars = {name: self.options.get(name, default) for name, default in _SCALARS.items()}
@@ -94,6 +105,10 @@ class StepCase:
             self.master(i), self.grads[i], *self.moments(i), step=self.options["steps"][i],
             factor=factor, **scalars,
         )  # fmt: skip
+
+
+def _bytes(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([t.flatten() for t in tensors]).view(torch.uint8)
 
 
 def spread(absmax: torch.Tensor, like: torch.Tensor, blocksize: int) -> torch.Tensor:
