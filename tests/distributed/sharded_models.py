@@ -55,10 +55,12 @@ def adapted_model(*, dora: bool = False, double_quant: bool = True, **options: A
     return model
 
 
-def shard(model: Any, mesh: DeviceMesh, *, compare: bool = True, **options: Any) -> ShardReport:
+def shard(model: Any, mesh: DeviceMesh, *, ignore: bool = True, **options: Any) -> ShardReport:
     """shard_nf4, then fully_shard on the blocks and the rest, as the guide has it."""
-    report = shard_nf4(model, mesh, compare=compare)
-    options = {"mesh": mesh, "ignored_params": report.ignored_params, **options}
+    report = shard_nf4(model, mesh)
+    options["mesh"] = mesh
+    if ignore:
+        options["ignored_params"] = report.ignored_params
     for block in model:
         if isinstance(block, Block):
             fully_shard(block, **options)

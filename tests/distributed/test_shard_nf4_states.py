@@ -15,8 +15,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 
-from feinwerk.distributed import load_full_state_dict, shard_nf4, unshard_nf4
+from feinwerk.distributed import (
+    load_checkpoint,
+    load_full_state_dict,
+    save_checkpoint,
+    shard_nf4,
+    unshard_nf4,
+)
 from feinwerk.nn import add_adapters, load_adapter, save_adapter
+from feinwerk.optim import AdamW
 from tests.distributed.sharded_models import (
     adapted_model,
     base_model,
@@ -28,6 +35,7 @@ from tests.distributed.sharded_models import (
 )
 from tests.optim.processes import run_ranks
 
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "min_quantized_numel": 512}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -44,10 +52,10 @@ def sharded_entries(model: Any) -> dict[str, torch.Tensor]:
     return {key: value for key, value in entries(model).items() if "odd" not in key}
 
 
-def other(mesh: Any, **options: Any) -> Any:
+def other(mesh: Any, double_quant: bool = True, ignore: bool = True) -> Any:
     """A sharded model with other values."""
-    model = base_model(seed=7, **options)
-    shard(model, mesh)
+    model = base_model(seed=7, double_quant=double_quant)
+    shard(model, mesh, ignore=ignore)
     return model
 
 
@@ -190,7 +198,26 @@ def other_states(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         {name: whole(p) for name, p in trained(loaded).items()},
     )
     found["loaded loss"] = loss_of(loaded).item() == loss_of(one).item()
-    found["merge"] = refused(lambda: loaded[1].up.merge())
+
+    # A weight that could not be cut by rows, and was not ignored either, is cut by bytes.
+    model = base_model()
+    shard(model, mesh, ignore=False)
+    found["cut by bytes"] = model[1].odd.weight.shape, model[1].odd.weight.to_local().shape
+    found["cut by bytes, weights"] = differing(entries(plain), entries(model))
+    loaded = other(mesh, ignore=False)
+    loaded.load_state_dict(get_model_state_dict(model))
+    found["cut by bytes, shards"] = differing(entries(plain), entries(loaded))
+    found["cut by bytes, loss"] = loss_of(loaded).item() == loss_of(plain).item()
+
+    # A checkpoint of a training: adapters and their states alone.
+    optimizer = AdamW(trained(many).values(), **OPTIONS)
+    loss_of(many).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    found["checkpoint"] = str(save_checkpoint(f"{folder}/training", 1, many, optimizer))
+    found["trained"] = {name: whole(p) for name, p in trained(many).items()}
+    found["next loss"] = loss_of(many).item()
+    found["merge"] = refused(lambda: many[1].up.merge())
     return found
 
 
@@ -210,4 +237,15 @@ def test_meta_loading_refusals_and_adapter_files(tmp_path: Path) -> None:
             assert found["equal files"]
         assert not found["loaded adapters"]
         assert found["loaded loss"]
+        assert found["cut by bytes"] == ((64 * 30, 1), (64 * 30 // 2, 1))
+        assert not found["cut by bytes, weights"]
+        assert not found["cut by bytes, shards"]
+        assert found["cut by bytes, loss"]
         assert "weight must be gathered before it is used" in found["merge"]
+
+        # Into one process, whose base is not sharded.
+        single = adapted_model(dora=True)
+        optimizer = AdamW(trained(single).values(), **OPTIONS)
+        load_checkpoint(found["checkpoint"], single, optimizer)
+        assert not differing(found["trained"], {n: p.detach() for n, p in trained(single).items()})
+        assert loss_of(single).item() == found["next loss"]

@@ -33,14 +33,15 @@ def verify_replicas(
 
     Args:
         model_or_tensors: a module, named tensors, or a list of them.
-        group: for plain tensors: a process group or a mesh; default all ranks.
+        group: all ranks concerned, for plain tensors and for the verdict: a process group or a
+            mesh; default the mesh of the first DTensor, without one all ranks.
 
     Returns:
         How many tensors had a replica to be compared with.
 
     Raises:
         TypeError: if what is given is none of these.
-        Disagreement: on every rank alike, naming the first tensor that differs and who holds which.
+        Disagreement: on every rank, naming the first tensor that differs and who holds which.
 
     Source:
         docs/guides/fsdp2.md.
@@ -49,17 +50,23 @@ def verify_replicas(
         See docs/guides/fsdp2.md: it takes two processes.
     """
     tensors = _named(model_or_tensors)
-    plain = _groups_of(group)
+    if group is None:
+        group = next((t.device_mesh for t in tensors.values() if isinstance(t, DTensor)), None)
+    everyone = _groups_of(group)
     by_group: dict[int, tuple[_Group, dict[str, torch.Tensor]]] = {}
     for name, tensor in tensors.items():
-        for one in _replicas(tensor) if isinstance(tensor, DTensor) else plain:
+        for one in _replicas(tensor) if isinstance(tensor, DTensor) else everyone:
             if dist.get_world_size(one) > 1:
                 by_group.setdefault(id(one), (one, {}))[1][name] = tensor
-    compared: set[str] = set()
-    for one, members in by_group.values():
-        _compare(one, members)
-        compared |= members.keys()
-    return len(compared)
+    found = [_difference(one, members) for one, members in by_group.values()]
+    verdict = next((difference for difference in found if difference), None)
+    for one in everyone:  # ranks whose own replicas agree must stop, too
+        verdicts: list[Any] = [None] * dist.get_world_size(one)
+        dist.all_gather_object(verdicts, verdict, group=one)
+        verdict = next((difference for difference in verdicts if difference), None)
+    if verdict is not None:
+        raise Disagreement(_OP, *verdict, "be the same on all its replicas")
+    return len({name for _, members in by_group.values() for name in members})
 
 
 def _named(given: Any) -> dict[str, torch.Tensor]:
@@ -106,23 +113,26 @@ def _replicas(tensor: DTensor) -> list[_Group]:
     ]
 
 
-def _compare(group: _Group, members: dict[str, torch.Tensor]) -> None:
-    """Exchange (name, what it is, hash) of every tensor and raise where two ranks differ."""
+def _difference(
+    group: _Group, members: dict[str, torch.Tensor]
+) -> tuple[str, dict[str, list[int]]] | None:
+    """Exchange (name, what it is, hash) of every tensor; the first that differs, and who has it."""
     mine = [(name, *_fingerprint(tensor)) for name, tensor in members.items()]
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
+    theirs: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(theirs, mine, group=group)
     ranks = dist.get_process_group_ranks(group)
-    for position in range(max(len(entries) for entries in everyone)):
-        seen = [
-            entries[position] if position < len(entries) else ("no tensor", "", 0)
-            for entries in everyone
-        ]
-        if all(entry == seen[0] for entry in seen):
-            continue
+    for position in range(max(map(len, theirs))):
         held: dict[str, list[int]] = {}
-        for rank, (name, kind, value) in zip(ranks, seen, strict=True):
-            held.setdefault(f"{name}, {kind}, with hash {value:016x}", []).append(rank)
-        raise Disagreement(_OP, seen[0][0], held, "be the same on all its replicas")
+        for rank, entries in zip(ranks, theirs, strict=True):
+            value = "no tensor"
+            if position < len(entries):
+                name, kind, hashed = entries[position]
+                value = f"{name}, {kind}, with hash {hashed:016x}"
+            held.setdefault(value, []).append(rank)
+        if len(held) > 1:
+            names = [entries[position][0] for entries in theirs if position < len(entries)]
+            return names[0], held
+    return None
 
 
 def _fingerprint(tensor: torch.Tensor) -> tuple[str, int]:

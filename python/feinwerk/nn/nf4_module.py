@@ -183,10 +183,12 @@ class NF4Module(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         own = nf4_rows.names(self)
         if nf4_rows.is_managed(self):
-            # Shards; and torch's state-dict functions for FSDP look keys up as attributes.
+            # Shards; and torch's state-dict functions for FSDP look keys up as attributes. Tables
+            # come as aliases: to those who ask "is it a buffer of the model" they are none, as
+            # in a model that is not sharded.
             for name in own:
-                tensor = getattr(self, name)
-                destination.setdefault(prefix + name, tensor if keep_vars else tensor.detach())
+                if name not in self._parameters:
+                    destination[prefix + name] = getattr(self, name).detach()
             return
         for name in own if self.by_rows else own[1:]:
             destination.pop(prefix + name, None)
