@@ -259,7 +259,11 @@ def two_dimensions(rank: int, world_size: int) -> dict[str, Any]:
     results["placements"] = [str(p.placements) for p in model.parameters()]
     optimizer = optimizer_of(model, state_bits=32)
     train(model, optimizer, range(4))
-    results["tensor parallel, 32 bits"] = everything(model, optimizer)
+    results["tensor parallel"] = everything(model, optimizer)
+    optimizer = optimizer_of(model, state_bits=16, max_grad_norm=1e9)
+    train(model, optimizer, range(4, 5))
+    results["norm"] = optimizer.last_grad_norm
+    results["tensor parallel again"] = everything(model, optimizer)
     eight = optimizer_of(model)
     with pytest.raises(NotImplementedError) as refusal:
         train(model, eight, range(1))
@@ -276,11 +280,19 @@ def test_two_mesh_dimensions() -> None:
         "dtype": torch.bfloat16, "bf16_params": "stochastic", "seed": 3, "max_grad_norm": 0.5,
     }  # fmt: skip
     expected, _ = alone(options)
-    exact, _ = alone({"state_bits": 32})
+    model = build()
+    train(model, optimizer := optimizer_of(model, state_bits=32), range(4))
+    exact = everything(model, optimizer)
+    train(model, optimizer := optimizer_of(model, state_bits=16, max_grad_norm=1e9), range(4, 5))
+    again = everything(model, optimizer)
     for results in ranks:
         for name in ("hsdp", "rows twice", "whole"):
             check_equal(results[name], expected)
-        check_equal(results["tensor parallel, 32 bits"], exact)
+        check_equal(results["tensor parallel"], exact)
+        check_equal(results["tensor parallel again"], again)
+        # Rows are cut here: equal on all ranks, and to the whole's up to fp64's rounding.
+        assert results["norm"] == ranks[0]["norm"]
+        assert results["norm"] == pytest.approx(optimizer.last_grad_norm, rel=1e-14)
         assert "_StridedShard" in results["placements"][0]
         assert "parameter 0 ('0.weight') must be a matrix placed by Shard(0)" in results["refusal"]
         assert "_StridedShard" in results["refusal"]

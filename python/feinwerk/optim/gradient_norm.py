@@ -110,8 +110,14 @@ def reduced_square_sum(params: Iterable[torch.Tensor]) -> torch.Tensor:
     """
     total = torch.zeros(SQUARE_SUM_LENGTH, dtype=torch.int64)
     for sharding, members in _by_sharding(params).items():
-        grads = [grad for param in members if (grad := local_gradient(param)) is not None]
-        total += _all_reduce(square_sum(grads), sharding, "SUM").cpu()
+        limbs = torch.zeros(SQUARE_SUM_LENGTH, dtype=torch.int64)
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for param in members:
+            if (grad := local_gradient(param)) is not None:
+                by_device.setdefault(grad.device, []).append(grad)
+        for grads in by_device.values():
+            limbs += square_sum(grads).cpu()
+        total += _all_reduce(limbs, sharding, "SUM").cpu()
     return total
 
 
