@@ -26,7 +26,7 @@ from typing import IO, Any, Literal
 
 from feinwerk import _checks
 from feinwerk.distributed.checkpoint import manifest
-from feinwerk.distributed.checkpoint.files import CHUNK_BYTES, sync
+from feinwerk.distributed.checkpoint.files import CHUNK_BYTES, FilePart, sync
 from feinwerk.distributed.checkpoint.manifest import Manifest, Shard, StoredTensor
 from feinwerk.distributed.checkpoint.values import DTYPES
 from feinwerk.distributed.checkpoint.verify import find_damage
@@ -156,9 +156,9 @@ def _copy(
             raise CorruptShard(str(path / shard.file), key, shard.rank, reason) from error
 
 
-def _elements(stored: IO[bytes], shard: Shard) -> IO[bytes]:
+def _elements(stored: io.BufferedReader, shard: Shard) -> IO[bytes]:
     """Open the record of a torch.save archive that has the elements, from a part of a file."""
-    archive = zipfile.ZipFile(_Part(stored, shard.start, shard.length))
+    archive = zipfile.ZipFile(FilePart(stored, shard.start, shard.length))
     record = next(name for name in archive.namelist() if name.endswith("/data/0"))
     return archive.open(record)
 
@@ -184,33 +184,3 @@ def runs(
     for index in itertools.product(*(range(size) for size in shape[:outer])):
         places = (*index, *(0 for _ in shape[outer:]))
         yield sum((o + i) * s for o, i, s in zip(offsets, places, strides, strict=True)), count
-
-
-class _Part(io.RawIOBase):
-    """A part of a file as a file of its own, for zipfile."""
-
-    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
-        self._file, self._start, self._length = file, start, length
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        count = min(len(buffer), max(0, self._length - self._position))
-        self._file.seek(self._start + self._position)
-        data = self._file.read(count)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)

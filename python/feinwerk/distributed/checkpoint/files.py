@@ -5,6 +5,7 @@ Writes, syncs and renames go through `os`, one call each: the tests stand betwee
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import zlib
@@ -103,6 +104,42 @@ def crc32_of_range(path: Path, offset: int, length: int) -> int:
     for piece in read_range(path, offset, length):
         crc32 = zlib.crc32(piece, crc32)
     return crc32
+
+
+class FilePart(io.RawIOBase):
+    """A part of a file as a file of its own, for zipfile and torch.load."""
+
+    def __init__(self, file: io.RawIOBase | io.BufferedReader, start: int, length: int) -> None:
+        """Begin at the begin."""
+        self._file, self._start, self._length = file, start, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Return the place, from the begin of the part."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, at most up to the end of the part."""
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, self._length - self._position)]
+        self._file.seek(self._start + self._position)
+        count = (self._file.readinto(view) if view else 0) or 0
+        self._position += count
+        return count
 
 
 def remove_directory(path: Path, aside: Path) -> None:

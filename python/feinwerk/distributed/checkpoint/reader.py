@@ -6,11 +6,10 @@ against their checksum once more, and copied.
 
 from __future__ import annotations
 
-import io
 import math
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem
 
-from feinwerk.distributed.checkpoint.files import read_range
+from feinwerk.distributed.checkpoint.files import FilePart, crc32_of_range
 from feinwerk.distributed.checkpoint.manifest import Manifest, Shard
 from feinwerk.distributed.checkpoint.values import DTYPES
 from feinwerk.distributed.checkpoint.verify import describe_difference
@@ -81,23 +80,18 @@ def read_shard(path: Path, key: str, shard: Shard, verify: bool) -> torch.Tensor
         CorruptShard: if it is not what was written.
     """
     file = path / shard.file
-    data, crc32 = io.BytesIO(), 0
     try:
-        for piece in read_range(file, shard.start, shard.length):
-            crc32 = zlib.crc32(piece, crc32)
-            data.write(piece)
+        if verify:
+            reason = describe_difference(crc32_of_range(file, shard.start, shard.length), shard)
+            if reason:
+                raise CorruptShard(str(file), key, shard.rank, reason)
+        with open(file, "rb", buffering=0) as stream:
+            part = FilePart(stream, shard.start, shard.length)
+            stored = torch.load(cast(Any, part), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CorruptShard(str(file), key, shard.rank, "the file is missing") from error
-    reason = ""
-    if data.tell() < shard.length:
-        reason = f"the file ends {shard.length - data.tell()} bytes before the end of this tensor"
-    elif verify:
-        reason = describe_difference(crc32, shard)
-    if reason:
-        raise CorruptShard(str(file), key, shard.rank, reason)
-    try:
-        data.seek(0)
-        stored = torch.load(data, map_location="cpu", weights_only=True)
+    except (OSError, CorruptShard):
+        raise
     except Exception as error:  # what torch.load raises on damaged bytes is of many types
         raise CorruptShard(str(file), key, shard.rank, f"torch.load says {error}") from error
     if not isinstance(stored, torch.Tensor) or tuple(stored.shape) != shard.shape:
