@@ -118,6 +118,7 @@ def fsdp2(rank: int, world_size: int, folder: str) -> list[tuple[str, Results, f
         results.append((name, everything(model, optimizer), optimizer.last_grad_norm))
     check_skipping(model, rank, world_size)
     check_loading(model, mesh)
+    check_scaler(mesh, rank, world_size)
 
     model = shard(build(), mesh)
     optimizer = optimizer_of(model)
@@ -149,6 +150,23 @@ def check_skipping(model: nn.Module, rank: int, world_size: int) -> None:
         1, "parameter 2 ('1.weight')",
     )  # fmt: skip
     check_equal(everything(model, optimizer), before)
+
+
+def check_scaler(mesh: Any, rank: int, world_size: int) -> None:
+    """A real backward under GradScaler; an infinity that one rank has is found by all."""
+    model = shard(build(), mesh)
+    optimizer = optimizer_of(model, max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(4):
+        optimizer.zero_grad()
+        inputs = torch.randn(6, SIZES[0], generator=torch.Generator().manual_seed(rank))
+        scaler.scale(model(inputs).square().mean()).backward()
+        if step == 2 and rank == world_size - 1:
+            model[1].weight.grad.to_local()[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert all(state["step"] == 3 for state in optimizer.state.values())
 
 
 def check_loading(model: nn.Module, mesh: Any) -> None:
@@ -189,6 +207,7 @@ def check_loading(model: nn.Module, mesh: Any) -> None:
         plain.load_state_dict(state_dict)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_fsdp2_is_one_process_bit_for_bit(tmp_path: Path) -> None:
     by_world = {n: run_ranks(fsdp2, n, str(tmp_path / "saved"), timeout=240) for n in (3, 2)}
     for name, options in OPTIONS.items():
