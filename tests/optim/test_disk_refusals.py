@@ -178,7 +178,7 @@ def test_rejections(states: DiskStates, tmp_path: Path) -> None:
     for bad, message in (
         (good[:4], "all buckets, got 1 missing"),
         ([*good, {}], r"records must be 5, got more"),
-        ([{}, *good[1:]], r"records\[0\] must have the tensors \['0.step'"),
+        ([{}, *good[1:]], r"record of bucket 0 must have the tensors \['0.step'"),
         ([*good[:2], {"3.exp_avg_sq": torch.zeros(3)}, {}, good[4]], "shape \\(70000,\\), got"),
         ([*good[:4], {"4.step": torch.zeros((), dtype=torch.int16)}], "got torch.int16 of shape"),
     ):

@@ -83,14 +83,17 @@ class SlotFiles:
         self.handles: list[int] = []
         self.close = weakref.finalize(self, _close, self.handles)
         for path in self.paths:
-            flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+            flags = os.O_RDWR | os.O_CLOEXEC
+            if create:
+                # Not the file that is there, cut to size: who has it mapped would be killed.
+                path.unlink(missing_ok=True)
+                flags |= os.O_CREAT | os.O_EXCL
             try:
                 handle = os.open(path, flags, 0o600)
             except FileNotFoundError:
                 raise CorruptStates(path, None, "exist", "no such file") from None
             self.handles.append(handle)
             if create:
-                os.ftruncate(handle, 0)
                 self._reserve(handle)
                 if fsync:
                     os.fsync(handle)

@@ -125,51 +125,70 @@ class DiskStates:
             self._buffers.append(Buffer(HEADER + size))
         return self._buffers[position % _BUFFERS]
 
+    def slot(self, bucket: int) -> int:
+        """Which of its two records counts, 0 or 1."""
+        self._check_filled()
+        return self._commits[bucket].slot
+
     def tensors(self, bucket: int) -> dict[str, torch.Tensor]:
         """The tensors of a bucket as of the last generation, mapped from its file.
 
         Raises:
             OffloadError: if nothing has been filled in yet.
         """
-        self._check_filled()
-        return self._files.tensors(bucket, self._commits[bucket].slot)
+        return self._files.tensors(bucket, self.slot(bucket))
 
     def drop(self) -> None:
         """Take what was read through mapped tensors out of memory; they stay usable."""
         with _disk("a map"):
             self._files.drop()
 
-    def fill(self, records: Iterable[Mapping[str, torch.Tensor]]) -> None:
-        """Make a generation of given states: one record for each bucket, in order, consumed lazily.
+    def fill(
+        self,
+        records: Iterable[Mapping[str, torch.Tensor]],
+        order: Sequence[int] | None = None,
+    ) -> None:
+        """Make a generation of given states: one record for each bucket, consumed lazily.
+
+        Args:
+            records: the tensors of each bucket; copied before the next record is asked for.
+            order: the buckets that they are for; default all. The others stay as they are.
 
         Raises:
             ValueError: if the number of records, a name, dtype or shape is not the layout's.
             OffloadError: if the disk fails; the previous generation counts on.
         """
         self._check_idle()
-        self._order, self._position = list(range(len(self.layout.records))), 0
+        order = self._checked(range(len(self.layout.records)) if order is None else order)
+        if len(order) < len(self.layout.records):
+            self._check_filled()
+        self._order, self._position = order, 0
         try:
-            for bucket, record in enumerate(records):
-                if bucket == len(self.layout.records):
-                    _checks.reject(ValueError, _OP, "records", f"be {bucket}", "more")
-                self._wait_for_write(bucket - _BUFFERS)
-                buffer = self._buffer(bucket)
-                places = self.layout.records[bucket].places
-                if set(record) != set(places):
-                    rule = f"have the tensors {list(places)}"
-                    _checks.reject(ValueError, _OP, f"records[{bucket}]", rule, list(record))
-                for name, target in buffer.tensors(self.layout, bucket).items():
-                    given = record[name]
-                    if given.dtype != target.dtype or given.shape != target.shape:
-                        rule = f"be {target.dtype} of shape {tuple(target.shape)}"
-                        got = f"{given.dtype} of shape {tuple(given.shape)}"
-                        _checks.reject(ValueError, _OP, f"records[{bucket}][{name!r}]", rule, got)
-                    target.copy_(given)
+            for position, record in enumerate(records):
+                if position == len(order):
+                    _checks.reject(ValueError, _OP, "records", f"be {position}", "more")
+                self._wait_for_write(position - _BUFFERS)
+                bucket, buffer = order[position], self._buffer(position)
+                self._copy(bucket, record, buffer)
                 self._put(bucket, buffer)
+                del record  # before the next one is made
         except BaseException:
             self.abandon()
             raise
         self.commit()
+
+    def _copy(self, bucket: int, record: Mapping[str, torch.Tensor], buffer: Buffer) -> None:
+        places = self.layout.records[bucket].places
+        if set(record) != set(places):
+            rule = f"have the tensors {list(places)}"
+            _checks.reject(ValueError, _OP, f"record of bucket {bucket}", rule, list(record))
+        for name, target in buffer.tensors(self.layout, bucket).items():
+            given = record[name]
+            if given.dtype != target.dtype or given.shape != target.shape:
+                rule = f"be {target.dtype} of shape {tuple(target.shape)}"
+                got = f"{given.dtype} of shape {tuple(given.shape)}"
+                _checks.reject(ValueError, _OP, f"{name!r} of bucket {bucket}", rule, got)
+            target.copy_(given)
 
     @contextlib.contextmanager
     def step(
@@ -205,10 +224,7 @@ class DiskStates:
         """Start a generation that changes these buckets, in this order, and read the first."""
         self._check_idle()
         self._check_filled()
-        order = list(order)
-        known = range(len(self.layout.records))
-        if len(set(order)) != len(order) or not all(bucket in known for bucket in order):
-            _checks.reject(ValueError, _OP, "order", f"name buckets below {len(known)} once", order)
+        order = self._checked(order)
         self._files.check_sizes()
         self._order, self._position = order, 0
         self._read_ahead(0)
@@ -290,6 +306,12 @@ class DiskStates:
     def _wait_for_write(self, position: int) -> None:
         if position >= 0:
             self._writes[position].result()
+
+    def _checked(self, order: Iterable[int]) -> list[int]:
+        order, known = list(order), range(len(self.layout.records))
+        if len(set(order)) != len(order) or not all(bucket in known for bucket in order):
+            _checks.reject(ValueError, _OP, "order", f"name buckets below {len(known)} once", order)
+        return order
 
     def _check_idle(self) -> None:
         if self._order is not None:
