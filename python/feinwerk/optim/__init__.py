@@ -1,6 +1,16 @@
 """Optimizers whose states are quantized: plain, sharded, and resumable at any world size."""
 
 from feinwerk.optim.adamw import AdamW
+from feinwerk.optim.errors import Disagreement, PeerFailure, PhaseTimeout, ShardingError
 from feinwerk.optim.gradient_norm import gradient_norm
+from feinwerk.optim.sharded_adamw import ShardedAdamW
 
-__all__ = ["AdamW", "gradient_norm"]
+__all__ = [
+    "AdamW",
+    "Disagreement",
+    "PeerFailure",
+    "PhaseTimeout",
+    "ShardedAdamW",
+    "ShardingError",
+    "gradient_norm",
+]

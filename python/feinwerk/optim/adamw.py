@@ -267,6 +267,10 @@ class AdamW(Optimizer):
             state.update(fresh)
         return StepItem(local, grad, state, index, first)
 
+    def _like(self, param: torch.Tensor) -> torch.Tensor:
+        """What a parameter's states are placed like."""
+        return param
+
     def _first_element(self, index: int, param: torch.Tensor, group: dict[str, Any]) -> int:
         vector_codes = param.dim() < 2 and group["state_bits"] == 8 and group["layout"] == "flat"
         if is_row_sharded(param) and not vector_codes:
@@ -329,7 +333,7 @@ class AdamW(Optimizer):
                 index, param, group_index = place[key]
                 name = parameter_name(self.param_groups, index)
                 group = self.param_groups[group_index]
-                states[param] = loaded_state(op, name, param, value, group)
+                states[param] = loaded_state(op, name, self._like(param), value, group)
             return {**state_dict, "state": {}}
 
         def put(_: Optimizer) -> None:
