@@ -1,0 +1,190 @@
+"""to_universal: a ZeRO checkpoint with our states as DeepSpeed's universal one, for any world size.
+
+```
+   tag/zero_pp_rank_*_optim_states.pt  --codes to fp32-->  the same files, temporary
+                                                             |  DeepSpeed's own ds_to_universal
+   out/zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt  <-+
+```
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from feinwerk import _checks
+from feinwerk.optim.group import LAYOUT_OPTIONS
+from feinwerk.optim.moments import dequantize_moment
+from feinwerk.optim.state import MOMENTS
+
+_OP = "to_universal"
+
+
+def to_universal(
+    checkpoint_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    tag: str | None = None,
+    workers: int = 1,
+) -> Path:
+    """Convert a DeepSpeed checkpoint with our AdamW's states to a universal checkpoint.
+
+    DeepSpeed resumes its checkpoints at the world size that wrote them; a universal one, with
+    `"checkpoint": {"load_universal": true}` in the configuration, at any:
+
+        engine.load_checkpoint(out_dir.parent, tag=out_dir.name)
+
+    Its moments are fp32. 8-bit states are dequantized for it, exactly, and AdamW quantizes them
+    anew at its first step, over blocks that lie differently: the training goes on as after one more
+    rounding, not bit for bit. States of 32 bits come through exactly. Stages 1, 2 and 3.
+
+    The files are read as DeepSpeed reads them, by unpickling: convert only what you trust. The
+    result appears under its name when it is complete.
+
+    Args:
+        checkpoint_dir: as given to `engine.save_checkpoint`.
+        out_dir: the universal checkpoint to make; must not exist.
+        tag: of the checkpoint; default what the file `latest` says.
+        workers: processes that DeepSpeed's converter may use.
+
+    Returns:
+        The path of the universal checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint or no optimizer states in it.
+        FileExistsError: if `out_dir` exists.
+        ValueError: if a state is not one of AdamW's.
+        ImportError: if DeepSpeed is not installed.
+
+    Source:
+        Universal Checkpointing (arXiv 2406.18820); deepspeed/checkpoint/ds_to_universal.py.
+    """
+    try:
+        from deepspeed.checkpoint import ds_to_universal
+    except ImportError as error:
+        raise ImportError(f"{_OP} needs the package deepspeed") from error
+    source, out = _checkpoint(Path(checkpoint_dir), tag), Path(out_dir)
+    if out.exists():
+        raise FileExistsError(f"{_OP}: out_dir must not exist, got {out}")
+    files = sorted(source.glob("*_optim_states.pt"))
+    if not files:
+        raise FileNotFoundError(f"{_OP}: no *_optim_states.pt in {source}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the result: the last rename must not cross file systems.
+    work = out.with_name(f".{out.name}.{secrets.token_hex(8)}")
+    converted, universal = work / "fp32", work / "universal"
+    converted.mkdir(parents=True)
+    try:
+        lossy = [_convert(file, converted / file.name) for file in files]
+        for file in source.iterdir():
+            if file.is_file() and file not in files:
+                (converted / file.name).symlink_to(file.resolve())
+        arguments = argparse.Namespace(
+            input_folder=str(converted), output_folder=str(universal), strict=True,
+            num_extract_workers=workers, num_merge_workers=workers, keep_temp_folder=False,
+            inject_missing_state=True,
+        )  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(arguments)
+        _add_steps(converted / files[0].name, universal / "zero")
+        universal.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    write_whole(out.parent / "latest_universal", out.name)
+    if any(lossy):
+        warnings.warn(
+            f"{_OP}: the 8-bit moments are stored as fp32, dequantized; AdamW quantizes them anew "
+            "when it resumes, which costs one more rounding",
+            stacklevel=2,
+        )
+    return out
+
+
+def _checkpoint(directory: Path, tag: str | None) -> Path:
+    if tag is None:
+        latest = directory / "latest"
+        if not latest.is_file():
+            raise FileNotFoundError(f"{_OP}: tag must be given without a file {latest}")
+        tag = latest.read_text().strip()
+    if not (directory / tag).is_dir():
+        raise FileNotFoundError(f"{_OP}: no checkpoint {tag} in {directory}")
+    return directory / tag
+
+
+def _convert(source: Path, target: Path) -> bool:
+    """Write an optimizer shard with fp32 moments; return whether there were codes in it."""
+    shard = torch.load(source, map_location="cpu", weights_only=False)
+    quantized = False
+    base = _base_state(shard)
+    if not isinstance(base, dict):
+        rule = "be saved with zero_optimization.elastic_checkpoint false"
+        _checks.reject(ValueError, _OP, source.name, rule, "true")
+    groups = {key: group for group in base["param_groups"] for key in group["params"]}
+    for key, state in base["state"].items():
+        codes = "exp_avg_codes" in state
+        quantized |= codes
+        base["state"][key] = _fp32_state(f"{source.name}, state {key}", state, groups[key])
+    for group in base["param_groups"]:
+        # How states are stored is the business of the optimizer that loads them.
+        for name in LAYOUT_OPTIONS:
+            group.pop(name, None)
+    torch.save(shard, target)
+    return quantized
+
+
+def _base_state(shard: dict[str, Any]) -> Any:
+    """Return the optimizer's own state dict, in stages 1 and 2 or in stage 3."""
+    zero = shard["optimizer_state_dict"]
+    return zero[
+        "base_optimizer_state" if "base_optimizer_state" in zero else "optimizer_state_dict"
+    ]
+
+
+def _fp32_state(where: str, state: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    quantized = {f"{name}_{part}" for name in MOMENTS for part in ("codes", "absmax")}
+    if set(state) == {"step", *MOMENTS}:
+        return {**state, **{name: state[name].float() for name in MOMENTS}}
+    if set(state) != {"step", *quantized}:
+        rule = "be one of AdamW's: a step and two moments, in fp32, bf16 or 8 bits"
+        _checks.reject(ValueError, _OP, where, rule, ", ".join(map(str, state)) or "nothing")
+    fp32 = {"step": state["step"]}
+    for name in MOMENTS:
+        fp32[name] = dequantize_moment(
+            name, state[f"{name}_codes"], state[f"{name}_absmax"], group["blocksize"]
+        )
+    return fp32
+
+
+def _add_steps(shard_file: Path, zero: Path) -> None:
+    """Give every parameter the step.pt that DeepSpeed's converter leaves out in stage 3.
+
+    DeepSpeed then reads it from optimizer_state.pt, which only unpickling opens.
+    """
+    states = _base_state(torch.load(shard_file, map_location="cpu", weights_only=False))["state"]
+    if not states:
+        return
+    step = next(iter(states.values()))["step"]
+    for folder in _folders(zero):
+        if (folder / "exp_avg.pt").exists() and not (folder / "step.pt").exists():
+            torch.save(step, folder / "step.pt")
+
+
+def _folders(zero: Path) -> Iterator[Path]:
+    return (path for path in sorted(zero.iterdir()) if path.is_dir())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small text file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    temporary.write_text(text)
+    temporary.replace(path)
