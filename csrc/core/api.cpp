@@ -19,6 +19,25 @@ namespace {
 constexpr int64_t kGrainElements = 1 << 16;
 constexpr int64_t kHugePage = 2 << 20;  // bytes
 
+// How many blocks, none of which crosses a row, and how many of them are worth waking a thread.
+struct Blocks {
+  int64_t count, grain;
+};
+
+template <class Args>
+Blocks blocks_of(const char* op, const Args& args) {
+  checked_product(op, "count", args.count, 1);
+  if (args.blocksize < 1) invalid(op, "blocksize", "be positive", args.blocksize);
+  if (args.row_length < 0) invalid(op, "row_length", "not be negative", args.row_length);
+  const int64_t row = args.row_length ? args.row_length : args.count;
+  if (row == 0) return {0, 1};
+  if (args.count % row != 0)
+    invalid(op, "row_length", "divide count = " + std::to_string(args.count), row);
+  const int64_t elements = std::min(args.blocksize, row);
+  return {args.count / row * ceil_div(row, args.blocksize),
+          std::max<int64_t>(1, kGrainElements / elements)};
+}
+
 int64_t element_bytes(feinwerk_dtype dtype) { return dtype == FEINWERK_FLOAT32 ? 4 : 2; }
 
 }  // namespace
@@ -116,13 +135,11 @@ feinwerk_status feinwerk_blockwise_quantize(const feinwerk_blockwise_quantize_ar
   return guarded([&] {
     const auto& args = required(op, arguments);
     check_rule(op, args.rule);
-    checked_product(op, "count", args.count, 1);
-    if (args.blocksize < 1) invalid(op, "blocksize", "be positive", args.blocksize);
-    const int64_t blocks = ceil_div(args.count, args.blocksize);
-    check_count(op, "absmax_count", args.absmax_count, blocks);
+    const Blocks blocks = blocks_of(op, args);
+    check_count(op, "absmax_count", args.absmax_count, blocks.count);
     check_buffer(op, "x", args.x, args.count);
     check_buffer(op, "codes", args.codes, args.count);
-    check_buffer(op, "absmax", args.absmax, blocks);
+    check_buffer(op, "absmax", args.absmax, blocks.count);
     check_buffer(op, "codebook", args.codebook, 256);
     check_buffer(op, "offset", args.offset, 1);
     const float offset = args.center && args.count > 0 ? ordered_mean(args.x, args.count) : 0.0f;
@@ -133,10 +150,9 @@ feinwerk_status feinwerk_blockwise_quantize(const feinwerk_blockwise_quantize_ar
       fill_bins(args.codebook, bins.data());
     }
     const KernelTable& table = active_table();
-    for_each_range(executor, blocks, std::max<int64_t>(1, kGrainElements / args.blocksize),
-                   [&](int64_t begin, int64_t end) {
-                     table.blockwise_quantize(args, offset, bins.data(), begin, end);
-                   });
+    for_each_range(executor, blocks.count, blocks.grain, [&](int64_t begin, int64_t end) {
+      table.blockwise_quantize(args, offset, bins.data(), begin, end);
+    });
   });
 }
 
@@ -145,17 +161,15 @@ feinwerk_status feinwerk_blockwise_dequantize(const feinwerk_blockwise_dequantiz
   constexpr const char* op = "blockwise_dequantize";
   return guarded([&] {
     const auto& args = required(op, arguments);
-    checked_product(op, "count", args.count, 1);
-    if (args.blocksize < 1) invalid(op, "blocksize", "be positive", args.blocksize);
-    const int64_t blocks = ceil_div(args.count, args.blocksize);
-    check_count(op, "absmax_count", args.absmax_count, blocks);
+    const Blocks blocks = blocks_of(op, args);
+    check_count(op, "absmax_count", args.absmax_count, blocks.count);
     check_buffer(op, "codes", args.codes, args.count);
-    check_buffer(op, "absmax", args.absmax, blocks);
+    check_buffer(op, "absmax", args.absmax, blocks.count);
     check_buffer(op, "codebook", args.codebook, 256);
     check_buffer(op, "out", args.out, args.count);
     const KernelTable& table = active_table();
-    for_each_range(
-        executor, blocks, std::max<int64_t>(1, kGrainElements / args.blocksize),
-        [&](int64_t begin, int64_t end) { table.blockwise_dequantize(args, begin, end); });
+    for_each_range(executor, blocks.count, blocks.grain, [&](int64_t begin, int64_t end) {
+      table.blockwise_dequantize(args, begin, end);
+    });
   });
 }

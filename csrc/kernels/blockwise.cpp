@@ -27,6 +27,23 @@ inline uint8_t code_by_distance(float s, const float* codebook) {
   return static_cast<uint8_t>(code);
 }
 
+// The elements [first, last) of a block, which does not cross a row; without rows all is one.
+//
+//   row 0   | block 0 | block 1 | 2 |        blocksize elements each, the last one what is left
+//   row 1   | block 3 | block 4 | 5 |
+struct Block {
+  int64_t first, last;
+};
+template <class Args>
+inline Block block_of(const Args& args, int64_t block) {
+  const int64_t length = args.row_length ? args.row_length : args.count;
+  const int64_t blocks_a_row = 1 + (length - 1) / args.blocksize;
+  const int64_t row = block / blocks_a_row;
+  const int64_t column = (block - row * blocks_a_row) * args.blocksize;
+  const int64_t first = row * length + column;
+  return {first, first + min64(args.blocksize, length - column)};
+}
+
 }  // namespace
 
 namespace FEINWERK_ISA_NAME {
@@ -34,8 +51,7 @@ namespace FEINWERK_ISA_NAME {
 void blockwise_quantize(const feinwerk_blockwise_quantize_args& args, float offset,
                         const uint8_t* bins, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * args.blocksize;
-    const int64_t last = min64(args.count, first + args.blocksize);
+    const auto [first, last] = block_of(args, block);
     const auto value = [&](int64_t i) { return args.center ? args.x[i] - offset : args.x[i]; };
     // Magnitudes as integers: a loop of maxima over them vectorizes. NaN counts as zero.
     uint32_t most = 0;
@@ -68,8 +84,7 @@ void blockwise_quantize(const feinwerk_blockwise_quantize_args& args, float offs
 void blockwise_dequantize(const feinwerk_blockwise_dequantize_args& args, int64_t begin,
                           int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * args.blocksize;
-    const int64_t last = min64(args.count, first + args.blocksize);
+    const auto [first, last] = block_of(args, block);
     const F absmax = set1(args.absmax[block]);
     float* const out = args.out + first;
     look_up(args.codebook, args.codes + first, last - first, out);

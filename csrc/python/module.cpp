@@ -311,12 +311,14 @@ PYBIND11_MODULE(_C, m) {
                              args, threads);
         });
   m.def("blockwise_quantize",
-        [](Address x, int64_t count, int64_t blocksize, Address codebook, int rule, bool center,
-           Address codes, Address absmax, int64_t absmax_count, Address offset, int64_t threads) {
+        [](Address x, int64_t count, int64_t blocksize, int64_t row_length, Address codebook,
+           int rule, bool center, Address codes, Address absmax, int64_t absmax_count,
+           Address offset, int64_t threads) {
           feinwerk_blockwise_quantize_args args = {};
           args.x = at<const float>(x);
           args.count = count;
           args.blocksize = blocksize;
+          args.row_length = row_length;
           args.codebook = at<const float>(codebook);
           args.rule = static_cast<feinwerk_rule>(rule);
           args.center = center;
@@ -327,12 +329,13 @@ PYBIND11_MODULE(_C, m) {
           run(feinwerk_blockwise_quantize, args, threads);
         });
   m.def("blockwise_dequantize",
-        [](Address codes, int64_t count, int64_t blocksize, Address codebook, Address absmax,
-           int64_t absmax_count, Address offset, Address out, int64_t threads) {
+        [](Address codes, int64_t count, int64_t blocksize, int64_t row_length, Address codebook,
+           Address absmax, int64_t absmax_count, Address offset, Address out, int64_t threads) {
           feinwerk_blockwise_dequantize_args args = {};
           args.codes = at<const uint8_t>(codes);
           args.count = count;
           args.blocksize = blocksize;
+          args.row_length = row_length;
           args.codebook = at<const float>(codebook);
           args.absmax = at<const float>(absmax);
           args.absmax_count = absmax_count;

@@ -50,6 +50,12 @@ def rule(op: str, value: str) -> None:
         reject(ValueError, op, "rule", 'be "cpu" or "cuda"', repr(value))
 
 
+def layout(op: str, value: str) -> None:
+    """Reject an unknown layout of blocks."""
+    if value not in ("flat", "rows"):
+        reject(ValueError, op, "layout", 'be "flat" or "rows"', repr(value))
+
+
 def positive(op: str, name: str, value: int) -> None:
     """Reject a size below 1."""
     if value < 1:

@@ -223,20 +223,22 @@ typedef struct feinwerk_blockwise_quantize_args {
   const float* x;
   int64_t count;
   int64_t blocksize;     /* any positive */
+  int64_t row_length;    /* blocks do not cross rows of this length; 0: one row */
   const float* codebook; /* 256 entries, ascending */
   feinwerk_rule rule;
   int32_t center;
   uint8_t* codes;
   float* absmax;
-  int64_t absmax_count; /* ceil(count / blocksize) */
+  int64_t absmax_count; /* rows * ceil(row_length / blocksize) */
   float* offset;
 } feinwerk_blockwise_quantize_args;
 
-/* out[i] = codebook[codes[i]] * absmax[i / blocksize] + offset[0]; a null offset adds nothing. */
+/* out[i] = codebook[codes[i]] * absmax[block of i] + offset[0]; a null offset adds nothing. */
 typedef struct feinwerk_blockwise_dequantize_args {
   const uint8_t* codes;
   int64_t count;
   int64_t blocksize;
+  int64_t row_length;    /* as in feinwerk_blockwise_quantize_args */
   const float* codebook; /* 256 entries */
   const float* absmax;
   int64_t absmax_count;

@@ -284,18 +284,27 @@ def nf4_embedding(
     return out
 
 
+def _rows(x: Tensor, layout: str) -> tuple[int, int]:
+    """(rows, elements a row) that blocks do not cross; all is one row but in layout "rows"."""
+    rows = x.shape[0] if layout == "rows" and x.dim() > 1 else 1
+    return rows, x.numel() // rows
+
+
 def blockwise_quantize(
-    x: Tensor, codebook: Tensor, blocksize: int, center: bool, rule: str
+    x: Tensor, codebook: Tensor, blocksize: int, center: bool, rule: str, layout: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """8-bit codes of x, absmax per block, and the mean that was subtracted (0 without center)."""
     x, codebook = x.contiguous(), codebook.contiguous()
     codes = _empty(x.shape, torch.uint8)
-    absmax = _empty(-(-x.numel() // blocksize), torch.float32)
+    rows, row_length = _rows(x, layout)
+    blocks = -(-row_length // blocksize)
+    absmax = _empty((rows, blocks) if layout == "rows" else blocks, torch.float32)
     offset = _empty((), torch.float32)
     _C.blockwise_quantize(
         x.data_ptr(),
         x.numel(),
         blocksize,
+        row_length,
         codebook.data_ptr(),
         _RULES[rule],
         center,
@@ -309,7 +318,12 @@ def blockwise_quantize(
 
 
 def blockwise_dequantize(
-    codes: Tensor, absmax: Tensor, codebook: Tensor, offset: Tensor | None, blocksize: int
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: Tensor,
+    offset: Tensor | None,
+    blocksize: int,
+    layout: str,
 ) -> Tensor:
     """codebook[codes] * absmax + offset in fp32."""
     codes, absmax, codebook = codes.contiguous(), absmax.contiguous(), codebook.contiguous()
@@ -318,6 +332,7 @@ def blockwise_dequantize(
         codes.data_ptr(),
         codes.numel(),
         blocksize,
+        _rows(codes, layout)[1],
         codebook.data_ptr(),
         absmax.data_ptr(),
         absmax.numel(),

@@ -14,6 +14,7 @@ def blockwise_dequantize(
     offset: torch.Tensor | None = None,
     *,
     blocksize: int = 256,
+    layout: str = "flat",
 ) -> torch.Tensor:
     """Forward to the native kernel."""
-    return _native.blockwise_dequantize(codes, absmax, codebook, offset, blocksize)
+    return _native.blockwise_dequantize(codes, absmax, codebook, offset, blocksize, layout)

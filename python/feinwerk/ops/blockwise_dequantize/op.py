@@ -16,6 +16,7 @@ def _check(
     offset: torch.Tensor | None = None,
     *,
     blocksize: int = 256,
+    layout: str = "flat",
 ) -> None:
     op = "blockwise_dequantize"
     if codes.dtype is not torch.uint8:
@@ -23,7 +24,9 @@ def _check(
     if codes.numel() < 1:
         _checks.reject(ValueError, op, "codes", "have at least one element", tuple(codes.shape))
     _checks.positive(op, "blocksize", blocksize)
-    blocks = (codes.numel() + blocksize - 1) // blocksize
+    _checks.layout(op, layout)
+    rows = codes.shape[0] if layout == "rows" and codes.dim() > 1 else 1
+    blocks = rows * ((codes.numel() // rows + blocksize - 1) // blocksize)
     _checks.buffer(op, "absmax", absmax, torch.float32, blocks, codes.device)
     _checks.buffer(op, "codebook", codebook, torch.float32, 256, codes.device)
     if offset is not None:
@@ -41,6 +44,7 @@ def _fake(
     offset: torch.Tensor | None = None,
     *,
     blocksize: int = 256,
+    layout: str = "flat",
 ) -> torch.Tensor:
     return torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
 
@@ -48,7 +52,7 @@ def _fake(
 _OP = register_op(
     "blockwise_dequantize",
     "(Tensor codes, Tensor absmax, Tensor codebook, Tensor? offset=None, *, "
-    "int blocksize=256) -> Tensor",
+    'int blocksize=256, str layout="flat") -> Tensor',
     check=_check,
     reference=reference.blockwise_dequantize,
     cpp=cpp.blockwise_dequantize,
@@ -63,27 +67,30 @@ def blockwise_dequantize(
     offset: torch.Tensor | None = None,
     *,
     blocksize: int = 256,
+    layout: str = "flat",
 ) -> torch.Tensor:
     """Turn 8-bit codes back into fp32 values; exact, bit-equal on every backend.
 
-        out_i = codebook[code_i] * absmax[i // blocksize] + offset
+        out_i = codebook[code_i] * absmax[block of i] + offset
 
     The product is rounded before the sum; without an offset nothing is added. It undoes
     `blockwise_quantize`.
 
     Args:
         codes: uint8, any shape, at least one element.
-        absmax: fp32 [ceil(numel / blocksize)], contiguous.
+        absmax: fp32 [ceil(numel / blocksize)], or with rows [rows, ceil(row / blocksize)],
+            contiguous.
         codebook: fp32 [256], contiguous.
         offset: fp32, 0-dim, or None.
         blocksize: elements per absmax, any positive number.
+        layout: "flat", or "rows" where blocks do not cross dimension 0 (a vector is one row).
 
     Returns:
         fp32, the shape of `codes`.
 
     Raises:
         TypeError: if a tensor has the wrong dtype.
-        ValueError: if a size or device does not fit, or `blocksize` is below 1.
+        ValueError: if a size or device does not fit, `blocksize` is below 1 or `layout` neither.
 
     Source:
         8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 2.
@@ -97,5 +104,5 @@ def blockwise_dequantize(
     _checks.tensor("blockwise_dequantize", "codes", codes)
     _checks.tensor("blockwise_dequantize", "absmax", absmax)
     _checks.tensor("blockwise_dequantize", "codebook", codebook)
-    out: torch.Tensor = _OP(codes, absmax, codebook, offset, blocksize=blocksize)
+    out: torch.Tensor = _OP(codes, absmax, codebook, offset, blocksize=blocksize, layout=layout)
     return out

@@ -14,6 +14,7 @@ def blockwise_quantize(
     blocksize: int = 256,
     center: bool = False,
     rule: str = "cpu",
+    layout: str = "flat",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forward to the native kernel."""
-    return _native.blockwise_quantize(x, codebook, blocksize, center, rule)
+    return _native.blockwise_quantize(x, codebook, blocksize, center, rule, layout)

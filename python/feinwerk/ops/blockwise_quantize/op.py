@@ -16,6 +16,7 @@ def _check(
     blocksize: int = 256,
     center: bool = False,
     rule: str = "cpu",
+    layout: str = "flat",
 ) -> None:
     if x.dtype is not torch.float32:
         _checks.reject(TypeError, "blockwise_quantize", "x", "be torch.float32", x.dtype)
@@ -26,6 +27,7 @@ def _check(
     _checks.buffer("blockwise_quantize", "codebook", codebook, torch.float32, 256, x.device)
     _checks.positive("blockwise_quantize", "blocksize", blocksize)
     _checks.rule("blockwise_quantize", rule)
+    _checks.layout("blockwise_quantize", layout)
 
 
 def _fake(
@@ -35,11 +37,14 @@ def _fake(
     blocksize: int = 256,
     center: bool = False,
     rule: str = "cpu",
+    layout: str = "flat",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    blocks = (x.numel() + blocksize - 1) // blocksize
+    rows = x.shape[0] if layout == "rows" and x.dim() > 1 else 1
+    blocks = (x.numel() // rows + blocksize - 1) // blocksize
+    shape = (rows, blocks) if layout == "rows" else (blocks,)
     return (
         torch.empty(x.shape, dtype=torch.uint8, device=x.device),
-        torch.empty(blocks, dtype=torch.float32, device=x.device),
+        torch.empty(shape, dtype=torch.float32, device=x.device),
         torch.empty((), dtype=torch.float32, device=x.device),
     )
 
@@ -47,7 +52,7 @@ def _fake(
 _OP = register_op(
     "blockwise_quantize",
     "(Tensor x, Tensor codebook, *, int blocksize=256, bool center=False, "
-    'str rule="cpu") -> (Tensor, Tensor, Tensor)',
+    'str rule="cpu", str layout="flat") -> (Tensor, Tensor, Tensor)',
     check=_check,
     reference=reference.blockwise_quantize,
     cpp=cpp.blockwise_quantize,
@@ -62,6 +67,7 @@ def blockwise_quantize(
     blocksize: int = 256,
     center: bool = False,
     rule: str = "cpu",
+    layout: str = "flat",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize fp32 values to 8-bit codes into a codebook, block by block.
 
@@ -77,20 +83,25 @@ def blockwise_quantize(
     threads; docs/ops/blockwise_quantize.md writes it out. NaN is left out of absmax and takes the
     first code; a block of zeros takes code 0.
 
+    With `layout="rows"` a block never crosses a row (dimension 0; a vector is one row): whatever
+    rows are quantized together, the codes are the same.
+
     Args:
         x: fp32, any shape, at least one element.
         codebook: fp32 [256], ascending, contiguous; see `feinwerk.codebook.dynamic_map`.
         blocksize: elements per absmax, any positive number.
         center: subtract the mean first.
         rule: "cpu" or "cuda".
+        layout: "flat", blocks over the flattened x, or "rows".
 
     Returns:
-        codes, uint8 like x; absmax, fp32 [ceil(numel / blocksize)]; offset, fp32 0-dim.
+        codes, uint8 like x; absmax, fp32 [ceil(numel / blocksize)], or with rows
+        [rows, ceil(row / blocksize)]; offset, fp32 0-dim.
 
     Raises:
         TypeError: if `x` or `codebook` is not fp32.
         ValueError: if `x` is empty, `codebook` has not 256 entries or lives on another device, or
-            `blocksize` or `rule` is not allowed.
+            `blocksize`, `rule` or `layout` is not allowed.
 
     Source:
         8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861), section 2; QLoRA
@@ -104,5 +115,7 @@ def blockwise_quantize(
     """
     _checks.tensor("blockwise_quantize", "x", x)
     _checks.tensor("blockwise_quantize", "codebook", codebook)
-    codes, absmax, offset = _OP(x.detach(), codebook, blocksize=blocksize, center=center, rule=rule)
+    codes, absmax, offset = _OP(
+        x.detach(), codebook, blocksize=blocksize, center=center, rule=rule, layout=layout
+    )
     return codes, absmax, offset

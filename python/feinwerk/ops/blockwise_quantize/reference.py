@@ -13,14 +13,16 @@ def blockwise_quantize(
     blocksize: int = 256,
     center: bool = False,
     rule: str = "cpu",
+    layout: str = "flat",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Subtract the mean if asked, scale each block by its absmax, take the nearest code."""
-    flat = x.reshape(-1)
-    offset = ordered_mean(flat) if center else torch.zeros((), device=x.device)
+    rows = x.reshape(x.shape[0] if layout == "rows" and x.dim() > 1 else 1, -1)
+    offset = ordered_mean(x.reshape(-1)) if center else torch.zeros((), device=x.device)
     if center:
-        flat = flat - offset
-    padding = -flat.numel() % blocksize
-    blocks = F.pad(flat, (0, padding)).view(-1, blocksize)
+        rows = rows - offset
+    length = rows.shape[1]
+    size = min(blocksize, length)
+    blocks = F.pad(rows, (0, -length % size)).reshape(-1, size)
     absmax = torch.where(blocks.isnan(), 0.0, blocks.abs()).amax(dim=1)
     scaled = blocks * (1.0 / absmax).unsqueeze(1)
     midpoints = (codebook[:-1] + codebook[1:]) * 0.5
@@ -37,8 +39,8 @@ def blockwise_quantize(
         codes = torch.where((absmax == 0).unsqueeze(1), 0, codes)
     else:
         codes = torch.where(nan, 0, codes)
-    codes = codes.to(torch.uint8).view(-1)[: flat.numel()]
-    return codes.clone().view(x.shape), absmax, offset
+    codes = codes.to(torch.uint8).view(len(rows), -1)[:, :length].reshape(x.shape)
+    return codes.contiguous(), absmax.view(len(rows), -1) if layout == "rows" else absmax, offset
 
 
 def ordered_mean(x: torch.Tensor) -> torch.Tensor:
