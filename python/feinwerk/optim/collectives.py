@@ -150,7 +150,9 @@ class Collectives:
 
     def _gathered(self, given: torch.Tensor, phase: str) -> torch.Tensor:
         given = given.to(self.control_device)
-        output = given.new_empty(self.world_size, given.numel())
+        output = torch.empty(
+            self.world_size, given.numel(), dtype=given.dtype, device=given.device
+        )
         self.all_gather(output, given, phase).wait()
         return output.cpu()
 
