@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from feinwerk.distributed import load_latest, save_checkpoint
-from feinwerk.optim import AdamW
+from feinwerk.optim import AdamW, ShardedAdamW
 from tests.distributed.checkpoint_cases import OPTIONS, digest
 
 
@@ -32,7 +32,13 @@ class Awkward(nn.Module):
 
 
 def build(engine: str, world_size: int, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model and an optimizer; "plain" is one process, or the same on every rank."""
+    """A model and an optimizer.
+
+    Args:
+        engine: "plain", "fsdp2", "hsdp", "stage1", "stage2" or "stage2-cpu".
+        world_size: of the default group.
+        options: of the optimizer.
+    """
     torch.manual_seed(0)
     model = Awkward()
     if engine in ("fsdp2", "hsdp"):
@@ -43,14 +49,18 @@ def build(engine: str, world_size: int, **options: Any) -> tuple[nn.Module, torc
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     trained = [p for p in model.parameters() if p.requires_grad]
-    return model, AdamW(trained, **{**OPTIONS, **options})
+    options = {**OPTIONS, **options}
+    if engine.startswith("stage"):
+        stage, _, offload = engine.removeprefix("stage").partition("-")
+        return model, ShardedAdamW(trained, stage=int(stage), offload=offload or None, **options)
+    return model, AdamW(trained, **options)
 
 
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, first: int, count: int
 ) -> None:
-    """Steps with data of their own on every rank; plain engines get the data of rank 0."""
-    sharded = any(hasattr(p, "device_mesh") for p in model.parameters())
+    """Steps with data of their own on every rank; AdamW over plain tensors gets that of rank 0."""
+    sharded = isinstance(optimizer, ShardedAdamW) or hasattr(model.unused, "device_mesh")
     for step in range(first, first + count):
         seed = 100 * step + (rank if sharded else 0)
         x = torch.randn(4, 20, generator=torch.Generator().manual_seed(seed))

@@ -27,6 +27,7 @@ from feinwerk.optim.group import (
 )
 from feinwerk.optim.load_state import check_layout, loaded_state
 from feinwerk.optim.state import (
+    State,
     StepItem,
     first_element,
     is_dtensor,
@@ -253,6 +254,22 @@ class AdamW(Optimizer):
             where = f"gradient of {name(self.param_groups, index)}"
             _checks.reject(NotImplementedError, op, where, "be dense", param.grad.layout)
 
+    def empty_state(self, param: torch.Tensor, group: dict[str, Any]) -> State:
+        """Return what a parameter has before its first step, to read a saved state into.
+
+        Args:
+            param: of this optimizer.
+            group: its group.
+
+        Returns:
+            New tensors, placed as the parameter's states are; `state` is as before.
+        """
+        fresh = new_state(to_local(param), param.shape, group)
+        if is_dtensor(param):
+            mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+            fresh = wrap_state(fresh, mesh, placements, param.shape)
+        return fresh
+
     def _item(self, index: int, param: torch.Tensor, group: dict[str, Any]) -> StepItem:
         grad = local_gradient(param)
         assert grad is not None
@@ -260,11 +277,7 @@ class AdamW(Optimizer):
         first = self._first_element(index, param, group) if is_dtensor(param) else 0
         state = self.state[param]
         if not state:
-            fresh = new_state(local, param.shape, group)
-            if is_dtensor(param):
-                mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-                fresh = wrap_state(fresh, mesh, placements, param.shape)
-            state.update(fresh)
+            state.update(self.empty_state(param, group))
         return StepItem(local, grad, state, index, first)
 
     def _like(self, param: torch.Tensor) -> torch.Tensor:

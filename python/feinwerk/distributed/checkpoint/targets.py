@@ -20,8 +20,9 @@ from feinwerk.distributed.checkpoint.names import (
     state_items,
 )
 from feinwerk.distributed.errors import MismatchedCheckpoint
+from feinwerk.optim import AdamW
 from feinwerk.optim.group import LAYOUT_OPTIONS
-from feinwerk.optim.state import is_dtensor, new_state, to_local, wrap_state
+from feinwerk.optim.state import is_dtensor, to_local, wrap_state
 
 State = dict[str, torch.Tensor]
 
@@ -165,22 +166,19 @@ def _new_state(
     group: dict[str, Any],
     stored: dict[str, StoredTensor],
 ) -> State:
-    allocate = getattr(optimizer, "new_state", None)
-    if callable(allocate):
-        state: State = allocate(parameter)
-        return state
-    shape = parameter.shape
-    if "state_bits" in group:
-        state = new_state(to_local(parameter), shape, group)
-    else:
-        # Another optimizer: a state is like its parameter, or a number.
-        local = to_local(parameter)
-        state = {
-            name: torch.zeros((), dtype=values.DTYPES[tensor.dtype])
-            if tensor.shape == ()
-            else torch.zeros(local.shape, dtype=values.DTYPES[tensor.dtype], device=local.device)
-            for name, tensor in stored.items()
-        }
+    if isinstance(optimizer, AdamW):
+        return optimizer.empty_state(parameter, group)
+    # Of another optimizer: a state is like its parameter, or a number.
+    local, shape = to_local(parameter), parameter.shape
+    state = {}
+    for name, tensor in stored.items():
+        dtype = values.DTYPES[tensor.dtype]
+        number = tensor.shape == ()
+        state[name] = (
+            torch.zeros((), dtype=dtype)
+            if number
+            else torch.zeros(local.shape, dtype=dtype, device=local.device)
+        )
     if is_dtensor(parameter):
         dtensor: Any = parameter
         state = wrap_state(state, dtensor.device_mesh, dtensor.placements, shape)
