@@ -59,3 +59,17 @@ class MemoryStates:
 
     def abandon(self) -> None:
         """Stop before `commit`."""
+
+    def absorb(self) -> None:
+        """Take over what others have put into the optimizer's state: it is in place already."""
+
+    def empty_state(self, param: torch.Tensor) -> State:
+        """The state of a parameter before its first step, to read a saved one into."""
+        slots = (slot for bucket in self._buckets for slot in bucket.slots)
+        return self._make(next(slot for slot in slots if self._params[slot.index] is param))
+
+    def drop(self) -> None:
+        """Take out of memory what is in files as well: nothing is."""
+
+    def close(self) -> None:
+        """Let go what is no memory: nothing is."""

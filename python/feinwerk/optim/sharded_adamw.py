@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,20 +18,11 @@ from torch.optim.optimizer import ParamsT
 from feinwerk import _checks
 from feinwerk.optim.adamw import AdamW
 from feinwerk.optim.agreement import Facts, agree, tensor_fingerprint
-from feinwerk.optim.buckets import Slot
 from feinwerk.optim.collectives import Collectives, reached
 from feinwerk.optim.gradient_norm import clip_coefficient
 from feinwerk.optim.group import parameter_name
-from feinwerk.optim.memory_states import MemoryStates
-from feinwerk.optim.row_shards import RowShards
-from feinwerk.optim.sharded_layout import (
-    ShardedLayout,
-    hyper_parameters,
-    layout_facts,
-    make_layout,
-    signature,
-    step_facts,
-)
+from feinwerk.optim.row_shards import Offload, RowShards
+from feinwerk.optim.sharded_layout import hyper_parameters, layout_facts, signature, step_facts
 from feinwerk.optim.sharded_step import ShardedStep, StepOptions
 from feinwerk.optim.state import State
 
@@ -73,7 +65,11 @@ class ShardedAdamW(AdamW):
         reduce_gradients: average the gradients over the ranks. False: they have been already, by
             DDP or the HF Trainer.
         overlap: communicate beside the backward and the step; False to see what it is worth.
-        offload: None; "cpu": keep the states in pinned host memory and step there.
+        offload: None; "cpu": keep the states in pinned host memory and step there; "disk": keep
+            them in files, of which at most three buckets are in memory.
+        offload_directory: of the files, for "disk"; each rank makes a directory in it. What earlier
+            runs left there is overwritten: resume from checkpoints.
+        offload_fsync: see `DiskStates`.
         timeout: seconds that this rank waits for the others in one phase.
         first_step_timeout: the same, until the first step is done.
         state_bits: see `AdamW`.
@@ -128,6 +124,8 @@ class ShardedAdamW(AdamW):
         reduce_gradients: bool = True,
         overlap: bool = True,
         offload: str | None = None,
+        offload_directory: str | os.PathLike[str] | None = None,
+        offload_fsync: bool = True,
         timeout: float = 120.0,
         first_step_timeout: float = 600.0,
         state_bits: int = 8,
@@ -142,8 +140,8 @@ class ShardedAdamW(AdamW):
         """Take the parameters and hook into their gradients; nothing is sent. See the class."""
         if stage not in (1, 2):
             _checks.reject(ValueError, _OP, "stage", "be 1 or 2", stage)
-        if offload not in (None, "cpu"):
-            _checks.reject(ValueError, _OP, "offload", 'be None or "cpu"', repr(offload))
+        self._offload = Offload(offload, offload_directory, offload_fsync)
+        self._offload.check(_OP)
         positive = {"bucket_mb": bucket_mb, "timeout": timeout}
         for name, value in {**positive, "first_step_timeout": first_step_timeout}.items():
             if not 0 < value < math.inf:
@@ -291,8 +289,10 @@ class ShardedAdamW(AdamW):
         return len(params)
 
     def close(self) -> None:
-        """Remove the hooks and end the heartbeat; states and parameters stay."""
+        """Remove the hooks, let files go, end the heartbeat; states and parameters stay."""
         _remove_hooks(self._hooked)
+        if self._row_shards is not None:
+            self._row_shards.close()
         if self._collectives is not None:
             self._collectives.close()
 
@@ -335,9 +335,8 @@ class ShardedAdamW(AdamW):
                 return work
         self._hook_parameters()
         collectives = self._connect()
-        world_size = 1 if collectives is None else collectives.world_size
-        layout = make_layout(_OP, self.param_groups, world_size, self._options.capacity)
-        states = self._make_states(layout)
+        layout = self._shards().layout(self.param_groups)
+        states = self._shards().states(self.state, self.param_groups)
         self._work = ShardedStep(_OP, layout, collectives, states, self._options)
         if collectives is not None:
             facts = [*layout_facts(layout, self.param_groups)]
@@ -354,16 +353,20 @@ class ShardedAdamW(AdamW):
         hyper = hyper_parameters(self.param_groups, list(self.defaults))
         return step_facts(work.layout, hyper, work.states.counters(), more)
 
-    def _make_states(self, layout: ShardedLayout) -> MemoryStates:
-        def make(slot: Slot) -> State:
-            group = self.param_groups[layout.groups[slot.index]]
-            return self._shards().new_state(layout.params[slot.index], group)
+    def empty_state(self, param: torch.Tensor, group: dict[str, Any]) -> State:
+        """Return this rank's rows of a state before the first step; see `AdamW`."""
+        return self._shards().states(self.state, self.param_groups).empty_state(param)
 
-        return MemoryStates(self.state, layout.params, layout.buckets, make)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` gave, of any world size; see `AdamW`."""
+        super().load_state_dict(state_dict)
+        self._shards().states(self.state, self.param_groups).absorb()
 
     def _shards(self) -> RowShards:
         if self._row_shards is None:
-            self._row_shards = RowShards(self._connect(), self.offload)
+            self._row_shards = RowShards(
+                _OP, self._connect(), self._offload, self._options.capacity
+            )
         return self._row_shards
 
     def _like(self, param: torch.Tensor) -> torch.Tensor:

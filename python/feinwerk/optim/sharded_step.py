@@ -21,6 +21,7 @@ from feinwerk.ops import square_sum
 from feinwerk.optim.agreement import Facts, compare, facts_fingerprint, same_everywhere
 from feinwerk.optim.buckets import Bucket, Slot
 from feinwerk.optim.collectives import Collectives, reached
+from feinwerk.optim.disk_offload import DiskOffload
 from feinwerk.optim.errors import ShardingError
 from feinwerk.optim.gatherer import ParameterGatherer
 from feinwerk.optim.gradient_norm import norm_of
@@ -86,7 +87,7 @@ class ShardedStep:
         op: str,
         layout: ShardedLayout,
         collectives: Collectives | None,
-        states: MemoryStates,
+        states: MemoryStates | DiskOffload,
         options: StepOptions,
     ) -> None:
         """Begin without gradients."""
