@@ -134,6 +134,34 @@ def test_a_step_that_all_partitions_share_is_counted_for_each() -> None:
     assert shared == 4
 
 
+def test_a_universal_checkpoint_does_not_change_how_states_are_stored() -> None:
+    partition = partition_of(700)
+    optimizer = AdamW([partition], blocksize=128)
+    optimizer.state[partition].update(foreign_state(700, 4))
+    optimizer.param_groups[0].update(state_bits=32, blocksize=256, layout="rows", lr=0.5)
+    partition.grad = torch.ones(700)
+    with pytest.warns(UserWarning, match="moments of a universal checkpoint are fp32"):
+        optimizer.step()
+    assert optimizer.state[partition]["exp_avg_absmax"].shape == (1, 6)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_moments_of_all_groups_are_quantized_at_the_first_step_of_one() -> None:
+    partitions = [partition_of(300, seed) for seed in range(2)]
+    optimizer = AdamW([{"params": [partition]} for partition in partitions])
+    for partition in partitions:
+        optimizer.state[partition].update(foreign_state(300, 4))
+        partition.grad = torch.ones(300)
+    groups = optimizer.param_groups
+    optimizer.param_groups = groups[:1]
+    with pytest.warns(UserWarning, match="moments of a universal checkpoint are fp32"):
+        optimizer.step()
+    assert "exp_avg" not in optimizer.state[partitions[1]]
+    optimizer.param_groups = groups[1:]
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in partitions] == [5.0] * 2
+
+
 def test_moments_without_a_step_are_refused() -> None:
     partition = partition_of(10)
     optimizer = AdamW([partition])
@@ -150,8 +178,9 @@ def test_options_that_a_partition_cannot_have() -> None:
     for option in ("max_grad_norm", "skip_nonfinite", "layout", "bf16_params", "seed"):
         with pytest.raises(TypeError, match=option):
             AdamW([partition], **{option: 1})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="layout must be 'flat' in DeepSpeed, got 'rows'"):
-        AdamW([{"params": [partition], "layout": "rows"}])
+    for option, value in (("layout", "rows"), ("state_bits", 32), ("blocksize", 128)):
+        with pytest.raises(ValueError, match=f"{option} must be .* in all groups, got '?{value}"):
+            AdamW([{"params": [partition], option: value}])
     with pytest.raises(ValueError, match="state_bits must be one of"):
         AdamW([partition], state_bits=4)
 

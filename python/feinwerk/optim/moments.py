@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from feinwerk import _checks
 from feinwerk.codebook import dynamic_map
@@ -51,24 +50,20 @@ def quantize_moment(
     if values.numel() == 0:
         empty = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
         return empty, torch.zeros(rows, blocks, device=values.device)
-    padded = _padded(values, blocksize)
     codebook = dynamic_map(signed, values.device)
-    codes, absmax, _ = blockwise_quantize(padded, codebook, blocksize=blocksize, rule="cuda")
+    codes, absmax, _ = blockwise_quantize(
+        values, codebook, blocksize=blocksize, rule="cuda", layout="rows"
+    )
     # Below the smallest normal number the reciprocal overflows, and infinity times the code of zero
     # would be NaN: such a block is zero, as NaN itself is.
     absmax = torch.where(absmax.isfinite(), absmax, 0.0)
-    most, by_block, blocked = (
-        absmax.view(-1, 1),
-        codes.view(-1, blocksize),
-        padded.view(-1, blocksize),
-    )
-    usable = most >= _SMALLEST_NORMAL
+    usable = (absmax >= _SMALLEST_NORMAL).repeat_interleave(blocksize, dim=1)[:, :row]
+    usable = usable.reshape(values.shape)
     zero = int((codebook == 0).nonzero())
-    by_block.masked_fill_(~usable | blocked.isnan(), zero)
+    codes.masked_fill_(~usable | values.isnan(), zero)
     if not signed:
-        by_block.masked_fill_(usable & (blocked > 0) & (by_block == 0), 1)
-    codes = codes.view(rows, -1)[:, :row].reshape(values.shape).contiguous()
-    return codes, absmax.view(rows, blocks)
+        codes.masked_fill_(usable & (values > 0) & (codes == 0), 1)
+    return codes, absmax
 
 
 def dequantize_moment(
@@ -98,13 +93,8 @@ def dequantize_moment(
     _checks.positive("dequantize_moment", "blocksize", blocksize)
     if codes.numel() == 0:
         return torch.zeros(codes.shape, device=codes.device)
-    rows, row = rows_of(codes.shape)
-    padded = _padded(codes, blocksize)
     codebook = dynamic_map(signed, codes.device)
-    values = blockwise_dequantize(
-        padded, absmax.reshape(-1).contiguous(), codebook, blocksize=blocksize
-    )
-    return values.view(rows, -1)[:, :row].reshape(codes.shape).contiguous()
+    return blockwise_dequantize(codes, absmax, codebook, blocksize=blocksize, layout="rows")
 
 
 def _is_signed(op: str, name: str) -> bool:
@@ -112,9 +102,3 @@ def _is_signed(op: str, name: str) -> bool:
         rule = f"be one of {', '.join(map(repr, MOMENTS))}"
         _checks.reject(ValueError, op, "name", rule, repr(name))
     return name == "exp_avg"
-
-
-def _padded(tensor: torch.Tensor, blocksize: int) -> torch.Tensor:
-    """[rows, whole blocks]; the padding is zero and changes no absmax."""
-    rows, row = rows_of(tensor.shape)
-    return F.pad(tensor.reshape(rows, row), (0, -row % blocksize)).contiguous()

@@ -9,6 +9,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from feinwerk import _checks, optim
+from feinwerk.optim.group import LAYOUT_OPTIONS
 from feinwerk.optim.moments import quantize_moment
 from feinwerk.optim.state import MOMENTS, StepItem, is_quantized
 
@@ -32,7 +33,8 @@ class AdamW(optim.AdamW):
     moments, which the first step after loading one quantizes anew, with a warning.
 
     Args:
-        params: as given to `feinwerk.optim.AdamW`; names are dropped, partitions have none.
+        params: as given to `feinwerk.optim.AdamW`, but with one width for all groups; names are
+            dropped, partitions have none.
         lr: learning rate, a number or a tensor with one element.
         betas: decays of the two moments, in [0, 1).
         eps: above 0.
@@ -84,11 +86,13 @@ class AdamW(optim.AdamW):
 
         Raises:
             TypeError: as the class does; the group is not added then.
-            ValueError: likewise, and for another layout than "flat".
+            ValueError: likewise, and for a `state_bits`, `blocksize` or layout of its own.
         """
-        layout = param_group.get("layout", "flat")
-        if layout != "flat":
-            _checks.reject(ValueError, "AdamW", "layout", "be 'flat' in DeepSpeed", repr(layout))
+        for name in LAYOUT_OPTIONS:
+            value = param_group.get(name, self.defaults[name])
+            if value != self.defaults[name]:
+                rule = f"be {self.defaults[name]!r} in all groups"
+                _checks.reject(ValueError, "AdamW", name, rule, repr(value))
         params = param_group["params"]
         if not isinstance(params, torch.Tensor):
             # The names would stay behind when ZeRO puts one vector in the parameters' place.
@@ -100,23 +104,25 @@ class AdamW(optim.AdamW):
     def _item(self, index: int, param: torch.Tensor, group: dict[str, Any]) -> StepItem:
         state = self.state.get(param)
         if state:
-            self._take_over(param, state, group)
+            # A universal checkpoint may bring the options of the optimizer that wrote it.
+            group.update({name: self.defaults[name] for name in LAYOUT_OPTIONS})
+            if "step" not in state:
+                got = f"{', '.join(map(str, state))} alone"
+                rule = "have a step (is step.pt in the universal checkpoint?)"
+                _checks.reject(ValueError, "AdamW", "state of a partition", rule, got)
+            # Stage 3 gives one and the same tensor to all sub-groups: each would count for all.
+            step = torch.as_tensor(state["step"], dtype=torch.float32)
+            state["step"] = step.detach().to("cpu", copy=True).reshape(())
+            if MOMENTS[0] in state and is_quantized(param.shape, group):
+                self._quantize_all()
         return super()._item(index, param, group)
 
-    def _take_over(
-        self, partition: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> None:
-        """Make a state our own that DeepSpeed has put in place from a universal checkpoint."""
-        if "step" not in state:
-            got = f"{', '.join(map(str, state))} alone"
-            rule = "have a step (is step.pt in the universal checkpoint?)"
-            _checks.reject(ValueError, "AdamW", "state of a partition", rule, got)
-        # Stage 3 gives one and the same tensor to all sub-groups, which would count for each other.
-        step = torch.as_tensor(state["step"], dtype=torch.float32)
-        state["step"] = step.detach().to("cpu", copy=True).reshape(())
-        foreign = [name for name in MOMENTS if name in state]
-        if not foreign or not is_quantized(partition.shape, group):
-            return
+    def _quantize_all(self) -> None:
+        """Quantize the moments that DeepSpeed has put in place from a universal checkpoint.
+
+        Those of all groups: after the first one has been stepped, DeepSpeed keeps references to
+        what it finds in the states of all.
+        """
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -124,6 +130,9 @@ class AdamW(optim.AdamW):
                 "bits, anew if they have been 8-bit before: not bit for bit what was saved",
                 stacklevel=3,
             )
-        for name in foreign:
-            codes, absmax = quantize_moment(name, state.pop(name), group["blocksize"])
-            state[f"{name}_codes"], state[f"{name}_absmax"] = codes, absmax
+        for state in self.state.values():
+            for name in MOMENTS:
+                if name in state:
+                    moment = state.pop(name)
+                    codes, absmax = quantize_moment(name, moment, self.defaults["blocksize"])
+                    state[f"{name}_codes"], state[f"{name}_absmax"] = codes, absmax

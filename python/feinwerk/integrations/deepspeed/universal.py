@@ -23,10 +23,11 @@ from feinwerk.distributed.checkpoint.agreement import ARGUMENTS, Peers
 from feinwerk.distributed.checkpoint.names import canonical, optimizer_parameters
 from feinwerk.distributed.errors import CheckpointError, MismatchedCheckpoint
 from feinwerk.integrations.deepspeed.convert import write_whole
+from feinwerk.optim import AdamW
 from feinwerk.optim.group import LAYOUT_OPTIONS
 from feinwerk.optim.master import join_master, split_master
 from feinwerk.optim.moments import dequantize_moment, quantize_moment
-from feinwerk.optim.state import MOMENTS, is_dtensor, new_state, to_local, wrap_state
+from feinwerk.optim.state import MOMENTS, is_dtensor, to_local
 
 # The version that stage 1 asks of a checkpoint is the first of its layout; the folder's has not
 # changed since.
@@ -348,16 +349,7 @@ def _new_state(
     parameter: torch.Tensor, group: dict[str, Any], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
     """Allocate what the first step would."""
-    allocate = getattr(optimizer, "new_state", None)
-    local = to_local(parameter)
-    if callable(allocate):
-        return dict(allocate(parameter))
-    if "state_bits" in group:
-        state = new_state(local, parameter.shape, group)
-    else:  # torch.optim.AdamW
-        state = {"step": torch.tensor(0.0)}
-        state |= {moment: torch.zeros_like(local) for moment in MOMENTS}
-    if is_dtensor(parameter):
-        dtensor: Any = parameter
-        state = wrap_state(state, dtensor.device_mesh, dtensor.placements, parameter.shape)
-    return state
+    if isinstance(optimizer, AdamW):
+        return optimizer.empty_state(parameter, group)
+    moments = {moment: torch.zeros_like(parameter).detach() for moment in MOMENTS}
+    return {"step": torch.tensor(0.0), **moments}  # torch.optim.AdamW
