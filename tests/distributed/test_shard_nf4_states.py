@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from feinwerk.distributed import (
     load_checkpoint,
@@ -59,9 +59,8 @@ def other(mesh: Any, double_quant: bool = True, ignore: bool = True) -> Any:
     return model
 
 
-def move_states(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+def move_states(mesh: DeviceMesh, rank: int, folder: str) -> dict[str, Any]:
     """Names of tensors that differ after each way in or out."""
-    mesh = init_device_mesh("cpu", (world_size,))
     found: dict[str, Any] = {}
     for double_quant in (True, False):
         plain = base_model(double_quant=double_quant)
@@ -117,9 +116,23 @@ def load_with_another_world_size(rank: int, world_size: int, folder: str) -> dic
     return found
 
 
-def test_state_dicts_keep_every_bit_and_dcp_reshards(tmp_path: Path) -> None:
+def everything(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (world_size,))
+    return {"moved": move_states(mesh, rank, folder), "other": other_states(mesh, rank, folder)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], str]:
+    pytest.importorskip("safetensors")
+    folder = str(tmp_path_factory.mktemp("states"))
+    return run_ranks(everything, 2, folder, timeout=150), folder
+
+
+def test_state_dicts_keep_every_bit_and_dcp_reshards(two_ranks: tuple[list[Any], str]) -> None:
     losses: dict[bool, set[float]] = {True: set(), False: set()}
-    for rank, found in enumerate(run_ranks(move_states, 2, str(tmp_path))):
+    results, folder = two_ranks
+    for rank, result in enumerate(results):
+        found = result["moved"]
         for double_quant in (True, False):
             kind = f"double_quant={double_quant}"
             losses[double_quant].add(found.pop(f"{kind}: loss"))
@@ -127,7 +140,7 @@ def test_state_dicts_keep_every_bit_and_dcp_reshards(tmp_path: Path) -> None:
             assert found.pop(f"{kind}: full on rank 0 only")
         assert len(found) == (12 if rank == 0 else 10)
         assert not any(found.values()), found
-    for found in run_ranks(load_with_another_world_size, 3, str(tmp_path)):
+    for found in run_ranks(load_with_another_world_size, 3, folder):
         for double_quant in (True, False):
             assert not found[f"{double_quant}"]
             losses[double_quant].add(found[f"{double_quant}: loss"])
@@ -142,8 +155,7 @@ def refused(call: Any) -> str:
     return "nothing was refused"
 
 
-def other_states(rank: int, world_size: int, folder: str) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (world_size,))
+def other_states(mesh: DeviceMesh, rank: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     # From the meta device: a rank never holds more than its rows.
@@ -221,9 +233,9 @@ def other_states(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     return found
 
 
-def test_meta_loading_refusals_and_adapter_files(tmp_path: Path) -> None:
-    pytest.importorskip("safetensors")
-    for rank, found in enumerate(run_ranks(other_states, 2, str(tmp_path))):
+def test_meta_loading_refusals_and_adapter_files(two_ranks: tuple[list[Any], str]) -> None:
+    for rank, result in enumerate(two_ranks[0]):
+        found = result["other"]
         assert not found["meta keys"]
         assert not found["meta"]
         assert found["meta loss"]

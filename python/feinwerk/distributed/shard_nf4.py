@@ -95,7 +95,7 @@ def shard_nf4(model: nn.Module, mesh: DeviceMesh, *, compare: bool = True) -> Sh
         The report: every weight that will be cut, what stays whole and why.
 
     Raises:
-        NotImplementedError: with a torch before 2.12, whose fully_shard casts uint8 parameters.
+        NotImplementedError: with a torch before 2.12, whose fully_shard refuses uint8 parameters.
         TypeError: if model is no module or mesh no DeviceMesh.
         ValueError: if fully_shard was called before, the mesh has more than 2 dimensions, or an
             adapter is merged; nothing has been changed then.
@@ -144,10 +144,10 @@ def shard_nf4(model: nn.Module, mesh: DeviceMesh, *, compare: bool = True) -> Sh
 
 
 def check_torch(version: str) -> None:
-    """Reject a torch whose fully_shard does not take uint8 parameters as they are."""
+    """Reject a torch whose fully_shard does not take uint8 parameters (pytorch#177844)."""
     numbers = version.split("+")[0].split(".")
     if (int(numbers[0]), int(numbers[1])) < (2, 12):
-        rule = "be at least 2.12: fully_shard casts uint8 parameters before"
+        rule = "be at least 2.12: fully_shard refuses uint8 parameters before"
         _checks.reject(NotImplementedError, _OP, "torch", rule, version)
 
 
