@@ -12,11 +12,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from feinwerk import explain, quantize_model
 from feinwerk.distributed import local_nf4_weight, shard_nf4, sharded_row_norms, unshard_nf4
 from feinwerk.distributed.shard_nf4 import check_torch
 from feinwerk.nn import DoRALinear, LoRALinear, NF4Embedding, NF4Linear, dequantize_model
+from feinwerk.nn.nf4_rows import own_rows
 from feinwerk.weight import NF4Weight
 from tests.distributed.sharded_models import adapted_model, base_model, differing, loss_of, shard
 
@@ -238,6 +240,15 @@ def test_what_cannot_be_sharded_is_refused(mesh: DeviceMesh) -> None:
             op(linear())
     with pytest.raises(TypeError, match=r"unshard_nf4: model must be a torch.nn.Module, got int"):
         next(unshard_nf4(3))  # type: ignore[arg-type]
+
+
+def test_own_rows_follow_the_placement(mesh: DeviceMesh) -> None:
+    full = torch.zeros(3, 4)
+    assert own_rows(full) == (0, 3)
+    assert own_rows(distribute_tensor(full, mesh, [Replicate()])) == (0, 3)
+    assert own_rows(distribute_tensor(full, mesh, [Shard(0)])) == (0, 3)
+    with pytest.raises(NotImplementedError, match="weight must be sharded by rows over one dim"):
+        own_rows(distribute_tensor(full, mesh, [Shard(1)]))
 
 
 def test_an_older_torch_is_refused() -> None:

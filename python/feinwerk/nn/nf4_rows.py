@@ -96,8 +96,10 @@ def own_rows(weight: torch.Tensor) -> tuple[int, int]:
         return 0, N
     sharded: Any = weight
     mesh = sharded.device_mesh
-    dims = [dim for dim, placement in enumerate(sharded.placements) if placement.is_shard()]
-    if len(dims) != 1 or not sharded.placements[dims[0]].is_shard(0):
+    dims = [dim for dim, placement in enumerate(sharded.placements) if not placement.is_replicate()]
+    if not dims:
+        return 0, N
+    if len(dims) > 1 or not sharded.placements[dims[0]].is_shard(0):
         rule = "be sharded by rows over one dimension of its mesh"
         _checks.reject(NotImplementedError, "NF4", "weight", rule, sharded.placements)
     # torch.chunk's sizes: all ranks have ceil(N / size) rows until none are left.
