@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from feinwerk.distributed.checkpoint.names import canonical
 from feinwerk.optim import AdamW
 from tests.optim.fault_ranks import run_to_the_end
 
@@ -50,7 +51,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Every tensor that a resumed training needs, whole, by name. A collective for DTensors."""
     found = {}
-    for name, parameter in model.named_parameters():
+    for wrapped, parameter in model.named_parameters():
+        name = canonical(model, wrapped)
         found[f"model.{name}"] = whole(parameter)
         for key, value in optimizer.state.get(parameter, {}).items():
             found[f"optimizer.{name}.{key}"] = whole(value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from feinwerk.distributed import load_latest, save_checkpoint
 from feinwerk.optim import AdamW, ShardedAdamW
@@ -35,12 +39,12 @@ def build(engine: str, world_size: int, **options: Any) -> tuple[nn.Module, torc
     """A model and an optimizer.
 
     Args:
-        engine: "plain", "fsdp2", "hsdp", "stage1", "stage2" or "stage2-cpu".
+        engine: "plain", "ddp", "fsdp2", "hsdp", "stage1", "stage2", "stage2-cpu" or "stage2-disk".
         world_size: of the default group.
         options: of the optimizer.
     """
     torch.manual_seed(0)
-    model = Awkward()
+    model: nn.Module = Awkward()
     if engine in ("fsdp2", "hsdp"):
         shape = (2, world_size // 2) if engine == "hsdp" else (world_size,)
         names = ("replicas", "shards") if engine == "hsdp" else ("shards",)
@@ -48,11 +52,20 @@ def build(engine: str, world_size: int, **options: Any) -> tuple[nn.Module, torc
         for layer in (model.first, model.second, model.third, model.frozen):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+    if engine == "ddp":
+        model = DistributedDataParallel(model, find_unused_parameters=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     options = {**OPTIONS, **options}
     if engine.startswith("stage"):
         stage, _, offload = engine.removeprefix("stage").partition("-")
-        return model, ShardedAdamW(trained, stage=int(stage), offload=offload or None, **options)
+        options |= {"stage": int(stage), "offload": offload or None}
+        if offload == "disk":
+            folder = tempfile.TemporaryDirectory()
+            options |= {"offload_directory": folder.name, "offload_fsync": False}
+        optimizer = ShardedAdamW(trained, **options)
+        if offload == "disk":
+            weakref.finalize(optimizer, folder.cleanup)
+        return model, optimizer
     return model, AdamW(trained, **options)
 
 
@@ -60,9 +73,10 @@ def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, first: int, count: int
 ) -> None:
     """Steps with data of their own on every rank; AdamW over plain tensors gets that of rank 0."""
-    sharded = isinstance(optimizer, ShardedAdamW) or hasattr(model.unused, "device_mesh")
+    own = isinstance(optimizer, ShardedAdamW) or isinstance(model, DistributedDataParallel)
+    own = own or any(isinstance(p, DTensor) for p in model.parameters())
     for step in range(first, first + count):
-        seed = 100 * step + (rank if sharded else 0)
+        seed = 100 * step + (rank if own else 0)
         x = torch.randn(4, 20, generator=torch.Generator().manual_seed(seed))
         model(x).square().sum().backward()
         optimizer.step()

@@ -67,8 +67,8 @@ def check(root: Path, savers: list[Engine], loaders: list[Engine]) -> None:
 def test_two_ranks_three_ranks_and_one_process(tmp_path: Path) -> None:
     check(
         tmp_path,
-        [("plain", 1), ("fsdp2", 2), ("stage2", 2), ("fsdp2", 3)],
-        [("plain", 1), ("stage2", 3), ("fsdp2", 3), ("stage1", 2), ("fsdp2", 2)],
+        [("plain", 1), ("fsdp2", 2), ("stage2", 2), ("ddp", 2), ("fsdp2", 3)],
+        [("plain", 1), ("stage2", 3), ("fsdp2", 3), ("stage2-disk", 2), ("fsdp2", 2)],
     )
     described = json.loads((tmp_path / "fsdp2-3/step-2/manifest.json").read_text())
     assert (described["engine"], described["world_size"]) == ("fsdp2", 3)
@@ -87,6 +87,7 @@ def test_two_ranks_three_ranks_and_one_process(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_every_engine_and_world_size(tmp_path: Path) -> None:
-    engines = [("plain", 1), ("plain", 2), ("hsdp", 4)]
+    engines = [("plain", 1), ("plain", 2), ("ddp", 2), ("hsdp", 4)]
+    engines += [("stage2-disk", 2), ("stage2-disk", 3), ("stage2-cpu", 3)]
     engines += [(name, size) for name in ("fsdp2", "stage1", "stage2") for size in (1, 2, 3, 4)]
     check(tmp_path, engines, engines)
