@@ -19,6 +19,7 @@ from feinwerk.ops import (
     square_sum,
     weight_norm,
 )
+from feinwerk.plan import plan
 from feinwerk.weight import NF4Weight
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "nf4_linear_backward",
     "nf4_quantize",
     "nn",
+    "plan",
     "quantize_model",
     "row_norms",
     "square_sum",

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from feinwerk import _checks
-from feinwerk.ops import adamw_step
+from feinwerk.ops.adamw_step import adamw_step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # The code of zero in the signed dynamic map; in the unsigned one it is 0.
