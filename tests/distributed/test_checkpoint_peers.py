@@ -250,3 +250,20 @@ def test_a_file_of_another_rank_or_training(copy: Path, tmp_path: Path) -> None:
     shutil.copy(copy / "step-2" / "__0_0.distcp", file)
     damage = verify_checkpoint(copy / "step-2")
     assert {(error.file, error.rank) for error in damage} == {(str(file), 1)}
+
+
+def save_in_a_part(rank: int, world_size: int, directory: Path) -> Any:
+    """Two of three ranks save and load in a group of their own; the third knows nothing of it."""
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        return None
+    model, optimizer = build("plain", 1)
+    train(model, optimizer, rank, 0, 1)
+    save_checkpoint(directory, 1, model, optimizer, rank_extra=rank, process_group=group)
+    loaded = load_latest(directory, model, optimizer, process_group=group)
+    assert loaded is not None
+    return loaded.world_size, loaded.rank_extra
+
+
+def test_a_group_of_some_ranks(tmp_path: Path) -> None:
+    assert run(save_in_a_part, 3, tmp_path) == [None, (2, 1), (2, 2)]

@@ -29,6 +29,7 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> list[CorruptShard]:
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> from feinwerk.distributed import save_checkpoint
         >>> from feinwerk.optim import AdamW
         >>> model = torch.nn.Linear(4, 2)
