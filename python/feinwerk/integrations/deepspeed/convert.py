@@ -16,7 +16,6 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,10 @@ from feinwerk.optim.moments import dequantize_moment
 from feinwerk.optim.state import MOMENTS
 
 _OP = "to_universal"
+# Of stages 1 and 2, and of stage 3.
+MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+# What DeepSpeed asks of a checkpoint is one since 0.3.17.
+DS_VERSION = "0.19.8"
 
 
 def to_universal(
@@ -39,8 +42,8 @@ def to_universal(
 ) -> Path:
     """Convert a DeepSpeed checkpoint with our AdamW's states to a universal checkpoint.
 
-    DeepSpeed resumes its checkpoints at the world size that wrote them; a universal one, with
-    `"checkpoint": {"load_universal": true}` in the configuration, at any:
+    DeepSpeed resumes its checkpoints at the world size and stage that wrote them; this universal
+    one, with `"checkpoint": {"load_universal": true}` in the configuration, at any:
 
         engine.load_checkpoint(out_dir.parent, tag=out_dir.name)
 
@@ -96,7 +99,7 @@ def to_universal(
         )  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ds_to_universal.main(arguments)
-        _add_steps(converted / files[0].name, universal / "zero")
+        _for_every_stage(converted / files[0].name, universal)
         universal.rename(out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -165,22 +168,45 @@ def _fp32_state(where: str, state: dict[str, Any], group: dict[str, Any]) -> dic
     return fp32
 
 
-def _add_steps(shard_file: Path, zero: Path) -> None:
-    """Give every parameter the step.pt that DeepSpeed's converter leaves out in stage 3.
-
-    DeepSpeed then reads it from optimizer_state.pt, which only unpickling opens.
-    """
+def _for_every_stage(shard_file: Path, universal: Path) -> None:
+    """Complete what DeepSpeed's converter writes for the stage of its source only."""
+    zero = universal / "zero"
     states = _base_state(torch.load(shard_file, map_location="cpu", weights_only=False))["state"]
-    if not states:
-        return
-    step = next(iter(states.values()))["step"]
-    for folder in _folders(zero):
-        if (folder / "exp_avg.pt").exists() and not (folder / "step.pt").exists():
+    step = next(iter(states.values()))["step"] if states else torch.tensor(0.0)
+    # In stage 3 this file holds all states of rank 0, and every rank would read it.
+    common = torch.load(zero / "optimizer_state.pt", map_location="cpu", weights_only=False)
+    common.pop("fp32_flat_groups", None)
+    groups = common["param_groups"]
+    common["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": groups}
+    common.setdefault("ds_version", DS_VERSION)
+    torch.save(common, zero / "optimizer_state.pt")
+
+    files = sorted(universal.glob("*_model_states.pt"))
+    model = torch.load(files[0], map_location="cpu", weights_only=False)
+    shapes = _shapes_of(model)
+    for folder in sorted(path for path in zero.iterdir() if path.is_dir()):
+        if not (folder / "exp_avg.pt").exists():
+            continue
+        if not (folder / "step.pt").exists():
             torch.save(step, folder / "step.pt")
+        for name in ("fp32", *MOMENTS):
+            stored = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=False)
+            if isinstance(stored, torch.Tensor):
+                whole = {"param": stored.view(shapes[folder.name]), "cat_dim": 0}
+                torch.save(whole, folder / f"{name}.pt")
+    for name in MODEL_FILES if {_mp_rank(file) for file in files} == {"00"} else ():
+        if not (universal / name).exists():
+            # The engine takes counters from it; the weights come from zero/.
+            torch.save({**model, "module": None}, universal / name)
 
 
-def _folders(zero: Path) -> Iterator[Path]:
-    return (path for path in sorted(zero.iterdir()) if path.is_dir())
+def _shapes_of(model: dict[str, Any]) -> dict[str, torch.Size]:
+    shapes = model.get("param_shapes") or {}
+    return {name: shape for group in shapes for name, shape in group.items()}
+
+
+def _mp_rank(file: Path) -> str:
+    return file.name.partition("mp_rank_")[2][:2]
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -22,16 +22,12 @@ from feinwerk import _checks
 from feinwerk.distributed.checkpoint.agreement import ARGUMENTS, Peers
 from feinwerk.distributed.checkpoint.names import canonical, optimizer_parameters
 from feinwerk.distributed.errors import CheckpointError, MismatchedCheckpoint
-from feinwerk.integrations.deepspeed.convert import write_whole
+from feinwerk.integrations.deepspeed.convert import DS_VERSION, MODEL_FILES, write_whole
 from feinwerk.optim import AdamW
 from feinwerk.optim.group import LAYOUT_OPTIONS
 from feinwerk.optim.master import join_master, split_master
 from feinwerk.optim.moments import dequantize_moment, quantize_moment
 from feinwerk.optim.state import MOMENTS, is_dtensor, to_local
-
-# The version that stage 1 asks of a checkpoint is the first of its layout; the folder's has not
-# changed since.
-_LAYOUT_VERSION = "0.19.8"
 
 
 def export_universal(
@@ -64,8 +60,7 @@ def export_universal(
         The path of the folder.
 
     Raises:
-        CheckpointError: on every rank, if one of them failed.
-        ValueError: if a state is not one of AdamW's.
+        CheckpointError: on every rank, if one of them failed, or a state is not one of AdamW's.
 
     Example:
         >>> import tempfile
@@ -242,7 +237,7 @@ def _write_counters(
     ]
     base = {"state": {0: {"step": torch.tensor(float(steps))}}, "param_groups": groups}
     torch.save(
-        {"ds_version": _LAYOUT_VERSION, "param_groups": groups, "optimizer_state_dict": base},
+        {"ds_version": DS_VERSION, "param_groups": groups, "optimizer_state_dict": base},
         work / "zero" / "optimizer_state.pt",
     )
     counters = {
@@ -253,8 +248,8 @@ def _write_counters(
         "mp_world_size": 1,
         "lr_scheduler": None,
     }
-    for name in ("mp_rank_00", "zero_pp_rank_0_mp_rank_00"):
-        torch.save(counters, work / f"{name}_model_states.pt")
+    for name in MODEL_FILES:
+        torch.save(counters, work / name)
 
 
 def _match(
