@@ -8,6 +8,7 @@ states between steps (`state_dict`, checkpoints).
 from __future__ import annotations
 
 import fcntl
+import gc
 import mmap
 import os
 import socket
@@ -35,6 +36,8 @@ class DirectoryLock:
         """Lock it, or say who has it."""
         directory.mkdir(parents=True, exist_ok=True)
         real = os.path.realpath(directory)
+        if real in _open_here:
+            gc.collect()  # torch's optimizers are in cycles: one that was dropped may still be here
         if real in _open_here:
             raise StatesInUse(directory, "another object of this process")
         unknown = sorted(

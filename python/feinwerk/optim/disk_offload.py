@@ -27,7 +27,7 @@ class DiskOffload:
     """Keep the states of this rank's rows in files, and maps of them in the optimizer.
 
     Args:
-        state: the optimizer's.
+        state: the optimizer's; to be replaced when that is (`load_state_dict` does so).
         params: parameters, as the slots of the buckets count them.
         buckets: of them.
         make: returns the state of this rank's rows before the first step.
@@ -54,7 +54,7 @@ class DiskOffload:
         fsync: bool,
     ) -> None:
         """Reserve the room on disk; it is filled before the first step."""
-        self._state, self._params, self._buckets = state, params, buckets
+        self.state, self._params, self._buckets = state, params, buckets
         self._make, self._wrap = make, wrap
         self._place = {
             id(params[slot.index]): (i, slot)
@@ -82,7 +82,7 @@ class DiskOffload:
 
     def counters(self) -> list[int]:
         """How many steps each parameter has taken."""
-        states = (self._state.get(param) for param in self._params)
+        states = (self.state.get(param) for param in self._params)
         return [int(state["step"]) if state else 0 for state in states]
 
     def begin(self, order: Sequence[int]) -> None:
@@ -97,7 +97,7 @@ class DiskOffload:
         states = []
         for slot in slots:
             state = {name: tensors[_key(slot, name)] for name in self._names_of(bucket, slot)}
-            shown = self._state.get(self._params[slot.index])
+            shown = self.state.get(self._params[slot.index])
             state["step"].fill_(float(shown["step"]) if shown else 0.0)
             states.append(state)
         self._taken[bucket] = list(zip(slots, states, strict=True))
@@ -139,7 +139,7 @@ class DiskOffload:
         self._disk.fill((self._record(i) for i in changed), changed)
         for i in changed:
             for slot in self._buckets[i].slots:
-                has_state = bool(self._state.get(self._params[slot.index]))
+                has_state = bool(self.state.get(self._params[slot.index]))
                 (self._known.add if has_state else self._known.discard)(slot.index)
             self._show(i)
 
@@ -176,15 +176,15 @@ class DiskOffload:
         for slot in self._buckets[bucket].slots:
             if slot.index in self._known:
                 param = self._params[slot.index]
-                if not self._state.get(param):
-                    self._state[param] = {"step": torch.zeros(())}
-                state = self._state[param]
+                if not self.state.get(param):
+                    self.state[param] = {"step": torch.zeros(())}
+                state = self.state[param]
                 state.update(self._mapped(bucket, slot))
                 if slot.index in self._steps:
                     state["step"].fill_(self._steps[slot.index])
 
     def _is_foreign(self, bucket: int, slot: Slot) -> bool:
-        state = self._state.get(self._params[slot.index])
+        state = self.state.get(self._params[slot.index])
         if not state or slot.index not in self._known:
             return bool(state) or slot.index in self._known
         mapped = self._mapped(bucket, slot)
@@ -197,7 +197,7 @@ class DiskOffload:
             self._disk.drop()  # of the bucket before, if it came from maps
         record = {}
         for slot in self._buckets[bucket].slots:
-            state = self._state.get(self._params[slot.index]) or self._make(slot)
+            state = self.state.get(self._params[slot.index]) or self._make(slot)
             for name, tensor in state.items():
                 record[_key(slot, name)] = to_local(tensor)
         return record

@@ -17,7 +17,7 @@ class MemoryStates:
     """Make a state when its parameter is first stepped, and keep it in the optimizer.
 
     Args:
-        state: the optimizer's.
+        state: the optimizer's; to be replaced when that is (`load_state_dict` does so).
         params: parameters, as the slots of the buckets count them.
         buckets: of them.
         make: returns the state of this rank's rows before the first step.
@@ -31,11 +31,11 @@ class MemoryStates:
         make: Callable[[Slot], State],
     ) -> None:
         """See the class."""
-        self._state, self._params, self._buckets, self._make = state, params, buckets, make
+        self.state, self._params, self._buckets, self._make = state, params, buckets, make
 
     def counters(self) -> list[int]:
         """How many steps each parameter has taken."""
-        states = (self._state.get(param) for param in self._params)
+        states = (self.state.get(param) for param in self._params)
         return [int(state["step"]) if state else 0 for state in states]
 
     def begin(self, order: Sequence[int]) -> None:
@@ -46,9 +46,9 @@ class MemoryStates:
         states = []
         for slot in slots:
             param = self._params[slot.index]
-            if not self._state.get(param):
-                self._state[param] = self._make(slot)
-            states.append(self._state[param])
+            if not self.state.get(param):
+                self.state[param] = self._make(slot)
+            states.append(self.state[param])
         return states
 
     def put(self, bucket: int) -> None:

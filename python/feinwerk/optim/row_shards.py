@@ -86,6 +86,7 @@ class RowShards:
         """
         layout = self.layout(groups)
         if self._states is not None:
+            self._states.state = state
             return self._states
 
         def make(slot: Slot) -> State:

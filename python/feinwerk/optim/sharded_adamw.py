@@ -232,6 +232,7 @@ class ShardedAdamW(AdamW):
 
     def _sharded_step(self, grad_scale: torch.Tensor | None, found_inf: bool) -> None:
         work = self._prepared(at_step=True)
+        work.states.state = self.state  # torch replaces it now and then
         groups = self.param_groups
         scale = 1.0 if grad_scale is None else float(grad_scale)
         verdict = work.agree(
