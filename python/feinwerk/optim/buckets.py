@@ -13,7 +13,7 @@ until none is left. A parameter starts at the same place of every section.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,57 +78,61 @@ class Slot:
         shape = (count, *self.shape[1:]) if self.shape else ()
         return section[self.offset : self.offset + count * self.row].view(shape)
 
-    def pack(self, tensor: torch.Tensor | None, sections: torch.Tensor) -> None:
-        """Copy a tensor of the whole shape into all sections; None stands for zeros.
+    def pack(
+        self, tensor: torch.Tensor | None, sections: torch.Tensor, first_rank: int = 0
+    ) -> None:
+        """Copy the rows of some ranks into their sections; None stands for zeros.
 
         Args:
-            tensor: converted to the dtype of the sections.
-            sections: [world size, section], the padding is set to zero.
+            tensor: of the whole shape, converted to the dtype of the sections.
+            sections: [ranks, section], of consecutive ranks; the padding is set to zero.
+            first_rank: whose section is the first one.
         """
         place = sections[:, self.offset : self.offset + self.room]
         if tensor is None:
             place.zero_()
-            return
-        if not self.shape:
+        elif not self.shape:
             place.copy_(tensor.expand(place.shape))
-            return
-        full = self._full
-        if full:
-            self._rows_of_full(place).copy_(self._split(tensor))
-        if full < self.world_size:
-            rest = self.rows - full * self.each
-            place[full:].zero_()
-            if rest:
-                target = place[full, : rest * self.row].view(rest, *self.shape[1:])
-                target.copy_(tensor[full * self.each :])
+        else:
+            for to_pack, rows in self._runs(tensor, place, first_rank):
+                to_pack.copy_(rows)
+            padded = max(0, self._full - first_rank)
+            if padded < len(sections):
+                rest = self.row_range(first_rank + padded)[1] * self.row
+                place[padded, rest:].zero_()
+                place[padded + 1 :].zero_()
 
-    def unpack(self, sections: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Copy all sections into a tensor of the whole shape: what `pack` did, backwards."""
+    def unpack(self, sections: torch.Tensor, tensor: torch.Tensor, first_rank: int = 0) -> None:
+        """Copy the rows of some ranks from their sections: what `pack` did, backwards."""
         place = sections[:, self.offset : self.offset + self.room]
         if not self.shape:
-            tensor.copy_(place[0, 0])
+            if len(sections):
+                tensor.copy_(place[0, 0])
             return
-        full = self._full
-        if full:
-            self._split(tensor).copy_(self._rows_of_full(place))
-        rest = self.rows - full * self.each
-        if rest:
-            source = place[full, : rest * self.row].view(rest, *self.shape[1:])
-            tensor[full * self.each :].copy_(source)
+        for packed, rows in self._runs(tensor, place, first_rank):
+            rows.copy_(packed)
+
+    def _runs(
+        self, tensor: torch.Tensor, place: torch.Tensor, first_rank: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Pairs of views of equal elements: those of full ranks, then those of the one after."""
+        full = min(self._full, first_rank + len(place))
+        count, first_row = full - first_rank, first_rank * self.each
+        if count > 0:
+            packed = place[:count].view(count, self.each, *self.shape[1:])
+            rows = tensor[first_row : full * self.each]
+            # A view whatever the strides are.
+            yield packed, torch.unflatten(rows, 0, (count, self.each))
+        if first_rank <= self._full < first_rank + len(place):
+            first_row, rest = self.row_range(self._full)
+            if rest:
+                packed = place[self._full - first_rank, : rest * self.row]
+                yield packed.view(rest, *self.shape[1:]), tensor[first_row : first_row + rest]
 
     @property
     def _full(self) -> int:
         """How many ranks have as many rows as there is room for."""
-        return self.rows // self.each if self.each else 0
-
-    def _split(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows of those, [ranks, rows, ...]: a view whatever the strides are."""
-        full = self._full
-        return torch.unflatten(tensor[: full * self.each], 0, (full, self.each))
-
-    def _rows_of_full(self, place: torch.Tensor) -> torch.Tensor:
-        """[ranks, rows, ...] of those."""
-        return place[: self._full].view(self._full, self.each, *self.shape[1:])
+        return self.rows // self.each if self.each else self.world_size
 
 
 @dataclass(frozen=True)

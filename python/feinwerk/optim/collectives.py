@@ -7,6 +7,7 @@ transfer belongs to a phase such as "all-gather bucket 2"; what goes wrong in it
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -118,9 +119,25 @@ class Collectives:
         if self.heartbeat is not None:
             self.heartbeat.tell(phase)
 
+    def exchanges(self, device_type: str) -> bool:
+        """Whether data goes by `all_to_all` alone.
+
+        Gloo's reduce-scatter moves as much as an all-reduce, twice what is needed, and its
+        all-gather copies all of it once more.
+        """
+        return self.backend(device_type) == "gloo"
+
     def all_to_all(self, output: torch.Tensor, given: torch.Tensor, phase: str) -> Transfer:
-        """Send the i-th row of `given` to rank i, whose row for this rank becomes `output[i]`."""
-        return self._start(phase, (output, given), "alltoall_base", "AllToAllOptions", [], [])
+        """Send one row of `given` to each other rank, in their order, and receive one of each.
+
+        Args:
+            output: [world size - 1, n].
+            given: likewise.
+            phase: for messages.
+        """
+        splits = [int(rank != self.rank) for rank in range(self.world_size)]
+        options = "AllToAllOptions"
+        return self._start(phase, (output, given), "alltoall_base", options, splits, splits)
 
     def reduce_scatter(self, output: torch.Tensor, given: torch.Tensor, phase: str) -> Transfer:
         """Sum the rank-th row of `given` over all ranks, in the backend's order."""
@@ -150,9 +167,7 @@ class Collectives:
 
     def _gathered(self, given: torch.Tensor, phase: str) -> torch.Tensor:
         given = given.to(self.control_device)
-        output = torch.empty(
-            self.world_size, given.numel(), dtype=given.dtype, device=given.device
-        )
+        output = torch.empty(self.world_size, given.numel(), dtype=given.dtype, device=given.device)
         self.all_gather(output, given, phase).wait()
         return output.cpu()
 
@@ -240,12 +255,19 @@ class Collectives:
             self.heartbeat.tell(phase, failed=True)
             if not before:
                 before = self.heartbeat.look()
-                time.sleep(2.5 * self.heartbeat.interval)
+                # Longer than a living rank needs to be heard on a busy machine.
+                time.sleep(max(1.0, 2.5 * self.heartbeat.interval))
             after = self.heartbeat.look()
             peers = silent(before, after)
         text = str(error or "timed out").split("\n", 1)[0]
         if error is None or "timed out" in text.lower() or "timeout" in text.lower():
             self.failure = PhaseTimeout(phase, peers, round(seconds, 3))
         else:
-            self.failure = PeerFailure(phase, peers, text.rsplit("] ", 1)[-1])
+            self.failure = PeerFailure(phase, peers, _essence(text))
         return self.failure
+
+
+def _essence(text: str) -> str:
+    """What a transport's message says, without its source file and its advice."""
+    without_file = re.sub(r"^\[[^]]*\] ", "", text)
+    return re.split(r"\. (?=[A-Z])", without_file, maxsplit=1)[0]

@@ -49,22 +49,25 @@ class ParameterGatherer:
 
     def launch(self, number: int, bucket: Bucket, slots: list[Slot]) -> None:
         """Send this rank's rows of some slots of a bucket, the same slots on every rank."""
-        rank = self._collectives.rank
+        collectives, rank = self._collectives, self._collectives.rank
         param = self._params[slots[0].index]
-        kind = bucket.section, param.dtype, param.device
-        own = self._buffers.take(1, *kind)
+        exchanges = collectives.exchanges(param.device.type)
+        others, kind = bucket.world_size - 1, (bucket.section, param.dtype, param.device)
+        own = self._buffers.take(others if exchanges else 1, *kind)
+        sent = {slot.index for slot in slots}
         for slot in bucket.slots:
-            if slot not in slots:
-                own[0, slot.offset : slot.offset + slot.room].zero_()
-                continue
-            rows = slot.rows_of(self._params[slot.index].detach(), rank)
-            slot.in_section(own[0], rank).copy_(rows)
-            # Not whatever was in the buffer: every rank is to send the same bytes in every run.
-            own[0, slot.offset + rows.numel() : slot.offset + slot.room].zero_()
-        while self._flying and (self._flying[0].transfer.done() or self._too_much(bucket, param)):
+            rows = self._params[slot.index].detach() if slot.index in sent else None
+            slot.pack(rows, own[:1], rank)
+        own[1:].copy_(own[:1].expand_as(own[1:]))
+        while self._flying and (self._flying[0].transfer.done() or self._too_much(own)):
             self._land()
-        sections = self._buffers.take(bucket.world_size, *kind)
-        transfer = self._collectives.all_gather(sections, own, f"all-gather bucket {number}")
+        phase = f"all-gather bucket {number}"
+        if exchanges:
+            sections = self._buffers.take(others, *kind)
+            transfer = collectives.all_to_all(sections, own, phase)
+        else:
+            sections = self._buffers.take(bucket.world_size, *kind)
+            transfer = collectives.all_gather(sections, own, phase)
         self._flying.append(_Flying(slots, transfer, own, sections))
         if not self._overlap:
             self._land()
@@ -74,13 +77,16 @@ class ParameterGatherer:
         while self._flying:
             self._land()
 
-    def _too_much(self, bucket: Bucket, param: torch.Tensor) -> bool:
-        size = bucket.world_size * bucket.section * param.element_size()
-        return size + sum(flying.sections.nbytes for flying in self._flying) > self._limit
+    def _too_much(self, own: torch.Tensor) -> bool:
+        return own.nbytes + sum(flying.sections.nbytes for flying in self._flying) > self._limit
 
     def _land(self) -> None:
         flying = self._flying.popleft()
         flying.transfer.wait()
+        rank, sections = self._collectives.rank, flying.sections
+        with_own = len(sections) == self._collectives.world_size
         for slot in flying.slots:
-            slot.unpack(flying.sections, self._params[slot.index].detach())
-        self._buffers.give(flying.own, flying.sections)
+            param = self._params[slot.index].detach()
+            slot.unpack(sections[:rank], param, 0)
+            slot.unpack(sections[rank + with_own :], param, rank + 1)
+        self._buffers.give(flying.own, sections)

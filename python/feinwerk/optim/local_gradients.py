@@ -37,10 +37,10 @@ class LocalGradients:
         """Return which parameters have a gradient."""
         return [param.grad is not None for param in self._params]
 
-    def tensors(self, bucket: int) -> list[torch.Tensor]:
-        """All of this rank's rows of gradients in a bucket."""
+    def sums(self, bucket: int) -> list[torch.Tensor]:
+        """Sums of this rank's rows of each gradient: finite unless one of them is not."""
         return [
-            slot.rows_of(grad, self._rank)
+            slot.rows_of(grad, self._rank).sum()
             for slot in self._buckets[bucket].slots
             if (grad := self._params[slot.index].grad) is not None
         ]

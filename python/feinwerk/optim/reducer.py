@@ -27,6 +27,8 @@ from feinwerk.optim.buckets import Bucket, Slot
 from feinwerk.optim.collectives import Collectives, Transfer
 from feinwerk.optim.transfer_buffers import TransferBuffers
 
+_PIECE = 1 << 15  # elements
+
 
 class _Flying(NamedTuple):
     """A bucket under way."""
@@ -35,6 +37,7 @@ class _Flying(NamedTuple):
     transfer: Transfer
     sections: torch.Tensor
     received: torch.Tensor
+    parts: list[torch.Tensor]  # that add up to the sum, in the order of the ranks
 
 
 class GradientReducer:
@@ -85,6 +88,7 @@ class GradientReducer:
         self._flying: deque[_Flying] = deque()
         self._shards: list[torch.Tensor | None] = [None] * len(buckets)
         self._has_shard = [False] * len(buckets)
+        self._sums: list[list[torch.Tensor]] = [[] for _ in buckets]
         self.used = [False] * len(params)
         self.rounds = 0
         self.stale = True
@@ -138,9 +142,10 @@ class GradientReducer:
             return [param.grad is not None for param in self._params]
         return self.used
 
-    def tensors(self, bucket: int) -> list[torch.Tensor]:
-        """Tensors with all averages of a bucket, and zeros."""
-        return [self._shard(bucket)]
+    def sums(self, bucket: int) -> list[torch.Tensor]:
+        """Sums over parts of the averages of a bucket: finite unless one of them is not."""
+        self._shard(bucket)
+        return self._sums[bucket]
 
     def gradient(self, bucket: int, slot: Slot) -> torch.Tensor:
         """The average of this rank's rows of a parameter, fp32; waits for its bucket."""
@@ -185,14 +190,24 @@ class GradientReducer:
             self.used[index] = True
         if index in self._packed[i] and not self._keep:
             more = torch.empty_like(sections)
-            slot.pack(grad, more)
+            self._pack_rows(slot, grad, more)
             room = slice(slot.offset, slot.offset + slot.room)
             sections[:, room] += more[:, room]
         else:
-            slot.pack(grad, sections)
+            self._pack_rows(slot, grad, sections)
         self._packed[i].add(index)
         if not self._keep:
             param.grad = None
+
+    def _pack_rows(self, slot: Slot, grad: torch.Tensor | None, sections: torch.Tensor) -> None:
+        """In the order of the ranks; but this one's, if it is not sent, goes first."""
+        rank = self._collectives.rank
+        if not self._collectives.exchanges(sections.device.type):
+            slot.pack(grad, sections)
+            return
+        slot.pack(grad, sections[:1], rank)
+        slot.pack(grad, sections[1 : rank + 1], 0)
+        slot.pack(grad, sections[rank + 1 :], rank + 1)
 
     def _launch(self) -> None:
         """Send the next bucket."""
@@ -204,56 +219,71 @@ class GradientReducer:
         # As it goes, so that buffers are free again: what has arrived, and what would be too much.
         while self._flying and (self._flying[0].transfer.done() or self._too_much(sections)):
             self._land()
-        phase = f"reduce-scatter bucket {i}"
-        count, section = sections.shape
-        if self._all_to_all(sections):
-            received = self._buffers.take(count, section, sections.dtype, sections.device)
-            transfer = self._collectives.all_to_all(received, sections, phase)
+        phase, collectives = f"reduce-scatter bucket {i}", self._collectives
+        (count, section), rank = sections.shape, collectives.rank
+        kind = section, sections.dtype, sections.device
+        if collectives.exchanges(sections.device.type):
+            received = self._buffers.take(count - 1, *kind)
+            transfer = collectives.all_to_all(received, sections[1:], phase)
+            parts = [*received[:rank], sections[0], *received[rank:]]
         else:
-            received = self._buffers.take(1, section, sections.dtype, sections.device)
-            transfer = self._collectives.reduce_scatter(received, sections, phase)
-        self._flying.append(_Flying(i, transfer, sections, received))
+            received = self._buffers.take(1, *kind)
+            transfer = collectives.reduce_scatter(received, sections, phase)
+            parts = [*received]
+        self._flying.append(_Flying(i, transfer, sections, received, parts))
         if not self._overlap:
             self._land()
 
     def _too_much(self, sections: torch.Tensor) -> bool:
         return sections.nbytes + sum(f.sections.nbytes for f in self._flying) > self._limit
 
-    def _all_to_all(self, sections: torch.Tensor) -> bool:
-        """Gloo's reduce-scatter moves as much as an all-reduce, twice what is needed."""
-        return self._collectives.backend(sections.device.type) == "gloo"
-
     @torch.no_grad()
     def _land(self) -> None:
         """Wait for the oldest bucket under way, and average it."""
         flying = self._flying.popleft()
         flying.transfer.wait()
-        i, received = flying.bucket, flying.received
+        i, parts = flying.bucket, flying.parts
         shard = self._shards[i]
         if shard is None:
             shard = self._shards[i] = torch.empty(
-                received.shape[1], dtype=torch.float32, device=received.device
+                parts[0].shape, dtype=torch.float32, device=parts[0].device
             )
         adds = self._has_shard[i] and not self._keep
-        average = torch.empty_like(shard) if adds else shard
-        _sum_in_rank_order(received, average)
-        average.div_(self._collectives.world_size)
-        if adds:
-            shard.add_(average)
+        self._sums[i] = _average(parts, shard, self._collectives.world_size, adds)
         self._has_shard[i] = True
-        self._buffers.give(flying.sections, received)
+        self._buffers.give(flying.sections, flying.received)
 
 
-def _sum_in_rank_order(received: torch.Tensor, out: torch.Tensor) -> None:
-    """The sum of the rows in fp32, from the first to the last."""
-    rest = 1
-    if len(received) > 1 and received.dtype is torch.float32:
-        torch.add(received[0], received[1], out=out)
-        rest = 2
-    else:
-        out.copy_(received[0])
-    for row in received[rest:]:
-        out.add_(row)
+def _average(
+    parts: list[torch.Tensor], shard: torch.Tensor, count: int, adds: bool
+) -> list[torch.Tensor]:
+    """Write, or add, the sum of the parts in their order, in fp32, divided by a count.
+
+    In pieces that stay in the cache from one operation to the next, where there is one.
+
+    Returns:
+        The sums of the pieces of the shard.
+    """
+    sums = []
+    length = shard.numel()
+    piece = _PIECE if shard.device.type == "cpu" else max(1, length)
+    fp32 = len(parts) > 1 and parts[0].dtype is torch.float32
+    scratch = torch.empty(min(piece, length), dtype=torch.float32, device=shard.device)
+    for begin in range(0, length, piece):
+        some = [part[begin : begin + piece] for part in parts]
+        target = shard[begin : begin + piece]
+        out = scratch[: len(target)] if adds else target
+        if fp32:
+            torch.add(some[0], some[1], out=out)
+        else:
+            out.copy_(some[0])
+        for part in some[1 + fp32 :]:
+            out.add_(part)
+        out.div_(count)
+        if adds:
+            target.add_(out)
+        sums.append(target.sum())
+    return sums
 
 
 def _in_nested_backward() -> bool:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -168,8 +167,8 @@ class ShardedStep:
         bad = _NONE
         for i, bucket in enumerate(self.layout.buckets):
             # An infinity or a NaN survives every sum, so that one pass mostly suffices.
-            sums = [tensor.sum() for tensor in self.gradients.tensors(i)]
-            if all(math.isfinite(float(one)) for one in sums):
+            sums = self.gradients.sums(i)
+            if not sums or bool(torch.stack(sums).isfinite().all()):
                 continue
             for slot in bucket.slots:
                 if not bool(self.gradients.gradient(i, slot).isfinite().all()):
