@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "adamw_cases.h"
 #include "adapter_cases.h"
 #include "context.h"
 
@@ -62,12 +63,14 @@ static void check_quantize(context* run, const void* weight, int64_t count, fein
 
 // Quantizes x to 8 bits and back; the codes, scales and offset are what double quantization stores.
 static feinwerk_blockwise_quantize_args check_blockwise(context* run, const float* x, int64_t count,
-                                                        int64_t blocksize, feinwerk_rule rule,
-                                                        int center) {
-  const int64_t blocks = (count + blocksize - 1) / blocksize;
+                                                        int64_t row_length, int64_t blocksize,
+                                                        feinwerk_rule rule, int center) {
+  const int64_t row = row_length ? row_length : count, in_row = (row + blocksize - 1) / blocksize;
+  const int64_t blocks = row ? count / row * in_row : 0;
   feinwerk_blockwise_quantize_args args = {.x = x,
                                            .count = count,
                                            .blocksize = blocksize,
+                                           .row_length = row_length,
                                            .codebook = nested_codebook(run),
                                            .rule = rule,
                                            .center = center,
@@ -87,20 +90,21 @@ static feinwerk_blockwise_quantize_args check_blockwise(context* run, const floa
   if (!(fabs((double)*args.offset - mean) <= slack)) fail(run, "offset", 0, *args.offset, mean);
   uint8_t* codes = take(run, count, 1);
   float* absmax = take(run, blocks, 4);
-  plain_blockwise_quantize(x, *args.offset, center, count, blocksize, args.codebook, rule, codes,
-                           absmax);
+  plain_blockwise_quantize(x, *args.offset, center, count, row, blocksize, args.codebook, rule,
+                           codes, absmax);
   same_bytes(run, "codes", args.codes, codes, count);
   same_bytes(run, "absmax", args.absmax, absmax, blocks * 4);
 
   run->step = "blockwise_dequantize";
   float *out = take(run, count, 4), *want = take(run, count, 4);
   for (int64_t i = 0; i < count; ++i) {
-    const float product = args.codebook[codes[i]] * absmax[i / blocksize];
+    const float product = args.codebook[codes[i]] * absmax[i / row * in_row + i % row / blocksize];
     want[i] = center ? product + *args.offset : product;
   }
   const feinwerk_blockwise_dequantize_args back = {.codes = codes,
                                                    .count = count,
                                                    .blocksize = blocksize,
+                                                   .row_length = row_length,
                                                    .codebook = args.codebook,
                                                    .absmax = absmax,
                                                    .absmax_count = blocks,
@@ -237,11 +241,14 @@ void check_case(const test_case* test) {
   check_quantize(&run, values, count, FEINWERK_RULE_CPU, &weight);
   const float* x = random_values(&run, count, FEINWERK_FLOAT32);
   const int64_t any_blocksize = 1 + (int64_t)(next_random(&run.random) % 300);
-  check_blockwise(&run, x, count, any_blocksize, FEINWERK_RULE_CUDA, 1);
-  check_blockwise(&run, x, count, any_blocksize, FEINWERK_RULE_CPU, 0);
+  for (int rows = 0; rows < 2; ++rows) {
+    const int64_t row_length = rows ? test->k : 0;
+    check_blockwise(&run, x, count, row_length, any_blocksize, FEINWERK_RULE_CUDA, 1);
+    check_blockwise(&run, x, count, row_length, any_blocksize, FEINWERK_RULE_CPU, 0);
+  }
   if (test->nested) {
     const feinwerk_blockwise_quantize_args nested =
-        check_blockwise(&run, weight.absmax, weight.absmax_count, 256, FEINWERK_RULE_CPU, 1);
+        check_blockwise(&run, weight.absmax, weight.absmax_count, 0, 256, FEINWERK_RULE_CPU, 1);
     weight.absmax = NULL;
     weight.absmax_codes = nested.codes;
     weight.nested_absmax = nested.absmax;
@@ -258,6 +265,7 @@ void check_case(const test_case* test) {
   check_linear(&run, &weight, dense, FEINWERK_COMPUTE_INT8, 1);
   check_backward(&run, &weight, dense);
   check_adapters(&run, &weight);
+  check_adamw(&run);
   free_buffers(&run, 0);
 }
 

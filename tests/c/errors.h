@@ -73,7 +73,8 @@ feinwerk_nf4_weight plain_weight(void);
 feinwerk_nf4_weight nested_weight(void);
 void* workspace(int64_t bytes);
 
-// adapter_errors.c: everything wrong in a call of the adapter operations.
+// adapter_errors.c and adamw_errors.c: everything wrong in a call of their operations.
 void test_adapter_errors(void);
+void test_adamw_errors(void);
 
 #endif  // FEINWERK_TESTS_C_ERRORS_H_

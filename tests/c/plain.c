@@ -158,11 +158,12 @@ float plain_nf4_element(const feinwerk_nf4_weight* weight, int64_t element, fein
 }
 
 void plain_blockwise_quantize(const float* x, float offset, int center, int64_t count,
-                              int64_t blocksize, const float* codebook, feinwerk_rule rule,
-                              uint8_t* codes, float* absmax) {
-  for (int64_t block = 0; block * blocksize < count; ++block) {
-    const int64_t begin = block * blocksize;
-    const int64_t end = count - begin < blocksize ? count : begin + blocksize;
+                              int64_t row_length, int64_t blocksize, const float* codebook,
+                              feinwerk_rule rule, uint8_t* codes, float* absmax) {
+  int64_t end = 0;
+  for (int64_t block = 0; end < count; ++block) {
+    const int64_t begin = end, left = row_length - begin % row_length;
+    end = begin + (left < blocksize ? left : blocksize);
     float most = 0;
     for (int64_t i = begin; i < end; ++i) {
       const float magnitude = fabsf(center ? x[i] - offset : x[i]);

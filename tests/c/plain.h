@@ -1,5 +1,6 @@
 // The operations once more in plain C, element by element: what the C ABI is compared with.
-// plain.c has NF4 and the 8-bit codes, plain_adapters.c the adapters, in doubles.
+// plain.c has NF4 and the 8-bit codes, plain_adapters.c the adapters, in doubles, plain_adamw.c the
+// optimizer.
 #ifndef FEINWERK_TESTS_C_PLAIN_H_
 #define FEINWERK_TESTS_C_PLAIN_H_
 
@@ -24,9 +25,13 @@ float plain_nf4_absmax(const feinwerk_nf4_weight* weight, int64_t block);
 // One element of the weight: codebook * absmax, rounded once to dtype.
 float plain_nf4_element(const feinwerk_nf4_weight* weight, int64_t element, feinwerk_dtype dtype);
 
+// Rows of row_length elements, which blocks do not cross.
 void plain_blockwise_quantize(const float* x, float offset, int center, int64_t count,
-                              int64_t blocksize, const float* codebook, feinwerk_rule rule,
-                              uint8_t* codes, float* absmax);
+                              int64_t row_length, int64_t blocksize, const float* codebook,
+                              feinwerk_rule rule, uint8_t* codes, float* absmax);
+
+void plain_dynamic_map(int is_signed, float map[256]);
+void plain_adamw_step(const feinwerk_adamw_step_args* args);
 
 // Philox4x32-10.
 void plain_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t words[4]);

@@ -204,6 +204,10 @@ static void test_blockwise_errors(void) {
   BREAK(offset, NULL, "offset must not be null");
   BREAK(blocksize, 0, "blocksize must be positive, got 0");
   BREAK(blocksize, 100, "absmax_count must be 3, got 2");
+  BREAK(row_length, kCols, "absmax_count must be 6, got 2");
+  BREAK(row_length, kCols + 1, "row_length must divide count = 300, got 51");
+  BREAK(row_length, kCount + 1, "row_length must divide count = 300, got 301");
+  BREAK(row_length, -1, "row_length must not be negative, got -1");
   BREAK(count, -5, "count must not be negative, got -5");
   BREAK(rule, (feinwerk_rule)-1, "rule must be cpu (0) or cuda (1), got -1");
 #undef BREAK
@@ -222,6 +226,8 @@ static void test_blockwise_errors(void) {
   BREAK(codebook, NULL, "codebook must not be null");
   BREAK(blocksize, -1, "blocksize must be positive, got -1");
   BREAK(absmax_count, 1, "absmax_count must be 2, got 1");
+  BREAK(row_length, 7, "row_length must divide count = 300, got 7");
+  BREAK(row_length, kCols, "absmax_count must be 6, got 2");
   BREAK(count, -1, "count must not be negative, got -1");
 #undef BREAK
 }
@@ -356,6 +362,7 @@ int main(int argc, char** argv) {
   test_linear_errors();
   test_backward_errors();
   test_adapter_errors();
+  test_adamw_errors();
   test_blockwise_errors();
   test_philox();
   test_isas();
