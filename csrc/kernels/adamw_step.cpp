@@ -5,148 +5,12 @@
 //   states ─ decode > m, v ┘                  └> m, v ─ encode ─────> states
 //
 // What is fp32 in memory is updated where it lies, the rest through pieces of kPiece floats.
-#include "kernels/decode.h"
-#include "kernels/dropout.h"
+#include "kernels/adamw_pieces.h"
 #include "kernels/dynamic_codes.h"
 #include "kernels/kernels.h"
 
 namespace feinwerk {
 namespace {
-
-// Floats of a piece. A block of codes up to this size keeps its new moments until its absmax is
-// known; a larger one computes them twice.
-constexpr int64_t kPiece = 1024;
-constexpr uint32_t kNan = 0x7fc00000;
-
-// The scalars in every lane.
-struct Lanes {
-  F factor, weight1, beta2, weight2, eps, shrink, step_size, correction;
-};
-inline Lanes lanes_of(const AdamwScalars& s) {
-  return {set1(s.grad_factor), set1(s.weight1), set1(s.beta2),     set1(s.weight2),
-          set1(s.eps),         set1(s.shrink),  set1(s.step_size), set1(s.correction)};
-}
-
-// Where one vector of a parameter, its gradient and its moments lies.
-struct Vectors {
-  float* param;
-  const float* grad;
-  float *exp_avg, *exp_avg_sq;
-};
-
-inline void advance(const Lanes& s, F grad, F* exp_avg, F* exp_avg_sq) {
-  const F g = mul(grad, s.factor);
-  *exp_avg = add(*exp_avg, mul(sub(g, *exp_avg), s.weight1));
-  *exp_avg_sq = add(mul(*exp_avg_sq, s.beta2), mul(mul(g, g), s.weight2));
-}
-
-inline F descend(const Lanes& s, F param, F exp_avg, F exp_avg_sq) {
-  const F ratio = div(exp_avg, add(mul(square_root(exp_avg_sq), s.correction), s.eps));
-  return sub(mul(param, s.shrink), mul(ratio, s.step_size));
-}
-
-// Calls body(pointers) for every vector; the last elements come by way of copies, zeros
-// beside them. A null pointer stays null.
-template <class Body>
-inline void for_each_vector(const Vectors& at, int64_t count, const Body& body) {
-  const auto ahead = [](auto* p, int64_t i) { return p ? p + i : p; };
-  const auto moved = [&](int64_t i) {
-    return Vectors{ahead(at.param, i), ahead(at.grad, i), at.exp_avg + i, at.exp_avg_sq + i};
-  };
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) body(moved(i));
-  if (i == count) return;
-  const Vectors from = moved(i);
-  float p[kWidth] = {}, g[kWidth] = {}, m[kWidth] = {}, v[kWidth] = {};
-  const auto bytes = static_cast<size_t>(count - i) * sizeof(float);
-  if (from.param) memcpy(p, from.param, bytes);
-  if (from.grad) memcpy(g, from.grad, bytes);
-  memcpy(m, from.exp_avg, bytes);
-  memcpy(v, from.exp_avg_sq, bytes);
-  body(Vectors{p, g, m, v});
-  if (from.param) memcpy(from.param, p, bytes);
-  memcpy(from.exp_avg, m, bytes);
-  memcpy(from.exp_avg_sq, v, bytes);
-}
-
-inline void update(const Lanes& s, const Vectors& vectors, int64_t count) {
-  for_each_vector(vectors, count, [&](const Vectors& at) {
-    F m = load(at.exp_avg), v = load(at.exp_avg_sq);
-    advance(s, load(at.grad), &m, &v);
-    store(at.param, descend(s, load(at.param), m, v));
-    store(at.exp_avg, m);
-    store(at.exp_avg_sq, v);
-  });
-}
-
-template <class Dtype>
-inline void widen(const void* from, int64_t begin, int64_t count, float* to) {
-  const auto* p = static_cast<const typename Dtype::Element*>(from) + begin;
-  for (int64_t i = 0; i < count; i += kWidth)
-    write_part<Float32>(to + i, count - i, read_part<Dtype>(p + i, count - i));
-}
-
-inline void narrow(const float* from, int64_t count, uint16_t* to) {
-  for (int64_t i = 0; i < count; i += kWidth)
-    write_part<Bfloat16>(to + i, count - i, read_part<Float32>(from + i, count - i));
-}
-
-// What is in memory as fp32, or its copy in a piece.
-inline const float* grad_piece(const feinwerk_adamw_step_args& args,
-                               const feinwerk_adamw_tensor& tensor, int64_t begin, int64_t count,
-                               float* piece) {
-  if (args.grad_dtype == FEINWERK_FLOAT32) return static_cast<const float*>(tensor.grad) + begin;
-  if (args.grad_dtype == FEINWERK_BFLOAT16)
-    widen<Bfloat16>(tensor.grad, begin, count, piece);
-  else
-    widen<Float16>(tensor.grad, begin, count, piece);
-  return piece;
-}
-
-inline float* param_piece(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tensor& tensor,
-                          int64_t begin, int64_t count, float* piece) {
-  if (args.master == FEINWERK_MASTER_FLOAT32) return static_cast<float*>(tensor.param) + begin;
-  if (args.master == FEINWERK_MASTER_STOCHASTIC) {
-    widen<Bfloat16>(tensor.param, begin, count, piece);
-    return piece;
-  }
-  const uint16_t* const high = static_cast<const uint16_t*>(tensor.param) + begin;
-  const int16_t* const low = tensor.remainder + begin;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = (static_cast<uint32_t>(high[i]) << 16) + static_cast<uint32_t>(low[i]);
-    memcpy(piece + i, &bits, 4);
-  }
-  return piece;
-}
-
-inline uint32_t bits_or_nan(float x) { return x == x ? bits_of(x) : kNan; }
-
-inline void store_param(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tensor& tensor,
-                        int64_t begin, int64_t count, const float* piece) {
-  if (args.master == FEINWERK_MASTER_FLOAT32) return;
-  uint16_t* const high = static_cast<uint16_t*>(tensor.param) + begin;
-  if (args.master == FEINWERK_MASTER_REMAINDER) {
-    int16_t* const low = tensor.remainder + begin;
-    for (int64_t i = 0; i < count; ++i) {
-      const uint32_t bits = bits_or_nan(piece[i]);
-      high[i] = static_cast<uint16_t>((bits + 0x8000) >> 16);
-      low[i] = static_cast<int16_t>(bits & 0xffff);
-    }
-    return;
-  }
-  // Words come in blocks of 64 elements, which a piece may begin inside of.
-  constexpr int64_t kPair = 2 * kDropBlock;
-  uint32_t words[kPiece + 2 * kPair];
-  const int64_t first = tensor.first_element + begin, inside = first % kDropBlock;
-  const int64_t row = tensor.step << 32 | tensor.parameter;
-  for (int64_t i = 0; i < inside + count; i += kPair)
-    random_blocks<2>(args.seed, row, (first - inside + i) / kDropBlock, words + i);
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = bits_or_nan(piece[i]);
-    const uint32_t random = piece[i] == piece[i] ? words[inside + i] >> 16 : 0;
-    high[i] = static_cast<uint16_t>((bits + random) >> 16);
-  }
-}
 
 inline void step_plain(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tensor& tensor,
                        const AdamwScalars& scalars, int64_t begin, int64_t end) {
@@ -200,21 +64,20 @@ struct Maxima {
 
 // Infinity times the code of zero would be NaN, in the whole block: where a moment has overflowed
 // the block starts afresh, both moments alike.
-inline void store_absmax(const Maxima& most, float* absmax, float* absmax_sq) {
-  const float first = reduce_max(most.exp_avg), second = reduce_max(most.exp_avg_sq);
-  const bool finite = first < __builtin_inff() && second < __builtin_inff();
-  *absmax = finite ? first : 0.0f;
-  *absmax_sq = finite ? second : 0.0f;
+inline void store_absmax(float most, float most_sq, float* absmax, float* absmax_sq) {
+  const bool finite = most < __builtin_inff() && most_sq < __builtin_inff();
+  *absmax = finite ? most : 0.0f;
+  *absmax_sq = finite ? most_sq : 0.0f;
 }
 
 // Codebook entries to new moments; the maxima of their magnitudes leave NaN out.
-inline Maxima new_moments(const Lanes& lanes, const float* grad, float absmax, float absmax_sq,
-                          int64_t count, float* m, float* v, Maxima most) {
+template <bool each>
+inline Maxima new_moments(const Lanes& lanes, const float* grad, Factors<each> absmax,
+                          Factors<each> absmax_sq, int64_t count, float* m, float* v, Maxima most) {
   const Lanes s = lanes;
-  const F scale = set1(absmax), scale_sq = set1(absmax_sq);
-  for_each_vector({nullptr, grad, m, v}, count, [&](const Vectors& at) {
-    F first = mul(load(at.exp_avg), scale);
-    F second = mul(load(at.exp_avg_sq), scale_sq);
+  for_each_vector({nullptr, grad, m, v}, count, [&](const Vectors& at, int64_t i) {
+    F first = mul(load(at.exp_avg), absmax.vector(i));
+    F second = mul(load(at.exp_avg_sq), absmax_sq.vector(i));
     advance(s, load(at.grad), &first, &second);
     store(at.exp_avg, first);
     store(at.exp_avg_sq, second);
@@ -226,8 +89,9 @@ inline Maxima new_moments(const Lanes& lanes, const float* grad, float absmax, f
 
 // The parameter and the codes of exp_avg. Division and square root, long in one unit, go beside the
 // encoding, which keeps the others busy.
-inline void finish(const Coded& coded, int64_t count, float inverse, const float* m, const float* v,
-                   float* p, uint8_t* codes) {
+template <bool each>
+inline void finish(const Coded& coded, int64_t count, Factors<each> inverse, const float* m,
+                   const float* v, float* p, uint8_t* codes) {
   const Lanes s = coded.lanes;
   int64_t i = 0;
 #if defined(__AVX512BW__)
@@ -235,11 +99,11 @@ inline void finish(const Coded& coded, int64_t count, float inverse, const float
   for (; i + kWidth <= count; i += kWidth) {
     const F first = load(m + i);
     store(p + i, descend(s, load(p + i), first, load(v + i)));
-    if (__builtin_expect(encoder(first, set1(inverse), zero(), codes + i) != 0, 0))
-      moment_codes<true>(coded.maps[0], m + i, inverse, kWidth, codes + i);
+    if (__builtin_expect(encoder(first, inverse.vector(i), codes + i) != 0, 0))
+      moment_codes<true>(coded.maps[0], m, inverse, i, i + kWidth, codes);
   }
 #endif
-  moment_codes<true>(coded.maps[0], m + i, inverse, count - i, codes + i);
+  moment_codes<true>(coded.maps[0], m, inverse, i, count, codes);
   for (; i < count; i += kWidth) {
     const F first = read_part<Float32>(m + i, count - i);
     const F second = read_part<Float32>(v + i, count - i);
@@ -248,27 +112,33 @@ inline void finish(const Coded& coded, int64_t count, float inverse, const float
   }
 }
 
-inline void finish_sq(const DynamicMap& map, int64_t count, float inverse, const float* v,
+template <bool each>
+inline void finish_sq(const DynamicMap& map, int64_t count, Factors<each> inverse, const float* v,
                       uint8_t* codes) {
   int64_t i = 0;
 #if defined(__AVX512BW__)
   const Encoder16<false> encoder(map);
-  const F floor = set1(floor_of_zero(inverse));
   for (; i + kWidth <= count; i += kWidth)
-    if (__builtin_expect(encoder(load(v + i), set1(inverse), floor, codes + i) != 0, 0))
-      moment_codes<false>(map, v + i, inverse, kWidth, codes + i);
+    if (__builtin_expect(encoder(load(v + i), inverse.vector(i), codes + i) != 0, 0))
+      moment_codes<false>(map, v, inverse, i, i + kWidth, codes);
 #endif
-  moment_codes<false>(map, v + i, inverse, count - i, codes + i);
+  moment_codes<false>(map, v, inverse, i, count, codes);
 }
 
 // Consecutive blocks of at most kPiece elements together; ends[] from `begin` on.
-constexpr int kRun = 16;
+constexpr int kRun = 128;
 struct Run {
   int64_t begin;
   int blocks;
   int64_t ends[kRun];
   float *absmax, *absmax_sq;
 };
+
+// Calls body(block, first, end) for the blocks of a run.
+template <class Body>
+inline void for_each_block_of(const Run& run, const Body& body) {
+  for (int64_t b = 0, i = 0; b < run.blocks; i = run.ends[b++]) body(b, i, run.ends[b]);
+}
 
 inline void step_run(const Coded& coded, const Run& run) {
   float params[kPiece], grads[kPiece], first[kPiece], second[kPiece];
@@ -277,18 +147,93 @@ inline void step_run(const Coded& coded, const Run& run) {
   const float* const g = grad_piece(coded.args, coded.tensor, begin, count, grads);
   float* const p = param_piece(coded.args, coded.tensor, begin, count, params);
   coded.look_up_moments(begin, count, first, second);
-  for (int64_t b = 0, i = 0; b < run.blocks; i = run.ends[b++]) {
-    const Maxima most = new_moments(coded.lanes, g + i, run.absmax[b], run.absmax_sq[b],
-                                    run.ends[b] - i, first + i, second + i, {zero(), zero()});
-    store_absmax(most, run.absmax + b, run.absmax_sq + b);
+  for_each_block_of(run, [&](int64_t b, int64_t i, int64_t end) {
+    const Factors<false> old{run.absmax + b}, old_sq{run.absmax_sq + b};
+    const Maxima most = new_moments(coded.lanes, g + i, old, old_sq, end - i, first + i, second + i,
+                                    {zero(), zero()});
+    store_absmax(reduce_max(most.exp_avg), reduce_max(most.exp_avg_sq), run.absmax + b,
+                 run.absmax_sq + b);
     inverse[b] = reciprocal(run.absmax[b]);
     inverse_sq[b] = reciprocal(run.absmax_sq[b]);
-  }
-  for (int64_t b = 0, i = 0; b < run.blocks; i = run.ends[b++])
-    finish(coded, run.ends[b] - i, inverse[b], first + i, second + i, p + i,
+  });
+  for_each_block_of(run, [&](int64_t b, int64_t i, int64_t end) {
+    finish(coded, end - i, Factors<false>{inverse + b}, first + i, second + i, p + i,
            coded.codes(begin + i));
-  for (int64_t b = 0, i = 0; b < run.blocks; i = run.ends[b++])
-    finish_sq(coded.maps[1], run.ends[b] - i, inverse_sq[b], second + i, coded.codes_sq(begin + i));
+  });
+  for_each_block_of(run, [&](int64_t b, int64_t i, int64_t end) {
+    finish_sq(coded.maps[1], end - i, Factors<false>{inverse_sq + b}, second + i,
+              coded.codes_sq(begin + i));
+  });
+  store_param(coded.args, coded.tensor, begin, count, p);
+}
+
+// Blocks below this size, such as the rows of lora_B, do not fill vectors: those go across blocks,
+// with factors of their own for every element.
+constexpr int64_t kShort = 64;
+constexpr int64_t kPadded = kPiece + 2 * kShort;
+constexpr size_t kPadding = 2 * kShort * sizeof(float);
+
+// factors[i] = values[block of i]; each block overwrites what the one before it wrote too far.
+inline void spread(const Run& run, const float* values, float* factors) {
+  for_each_block_of(run, [&](int64_t b, int64_t first, int64_t end) {
+    const F value = set1(values[b]);
+    for (int64_t i = first; i < end; i += kWidth) store(factors + i, value);
+  });
+}
+
+// most[b] = the largest magnitude of block b but for NaN: maxima of spans that double up to the
+// size of most blocks, two of which then cover one.
+inline void short_maxima(const Run& run, const float* x, float* most) {
+  float spans[kPadded];
+  const int64_t count = run.ends[run.blocks - 1], size = run.ends[0];
+  memset(spans + count, 0, kPadding);
+  for (int64_t i = 0; i < count; i += kWidth) {
+    const F magnitude = max_number(absolute(read_part<Float32>(x + i, count - i)), zero());
+    store(spans + i, magnitude);
+  }
+  int64_t span = 1;
+  for (; 2 * span <= size; span *= 2)
+    for (int64_t i = 0; i < count; i += kWidth)
+      store(spans + i, max_number(load(spans + i), load(spans + i + span)));
+  for_each_block_of(run, [&](int64_t b, int64_t first, int64_t end) {
+    float all = 0;
+    if (end - first == size) {
+      const float head = spans[first], tail = spans[end - span];
+      all = head > tail ? head : tail;
+    } else {  // the last of a row
+      for (int64_t i = first; i < end; ++i) {
+        const float magnitude = x[i] < 0 ? -x[i] : x[i];
+        all = magnitude > all ? magnitude : all;
+      }
+    }
+    most[b] = all;
+  });
+}
+
+inline void step_short_run(const Coded& coded, const Run& run) {
+  float params[kPiece], grads[kPiece], first[kPiece], second[kPiece];
+  float factors[kPadded], factors_sq[kPadded], most[kRun], most_sq[kRun];
+  const Factors<true> each{factors}, each_sq{factors_sq};
+  const int64_t begin = run.begin, count = run.ends[run.blocks - 1];
+  const float* const g = grad_piece(coded.args, coded.tensor, begin, count, grads);
+  float* const p = param_piece(coded.args, coded.tensor, begin, count, params);
+  coded.look_up_moments(begin, count, first, second);
+  memset(factors + count, 0, kPadding);
+  memset(factors_sq + count, 0, kPadding);
+  spread(run, run.absmax, factors);
+  spread(run, run.absmax_sq, factors_sq);
+  new_moments(coded.lanes, g, each, each_sq, count, first, second, {zero(), zero()});
+  short_maxima(run, first, most);
+  short_maxima(run, second, most_sq);
+  for (int b = 0; b < run.blocks; ++b) {
+    store_absmax(most[b], most_sq[b], run.absmax + b, run.absmax_sq + b);
+    most[b] = reciprocal(run.absmax[b]);
+    most_sq[b] = reciprocal(run.absmax_sq[b]);
+  }
+  spread(run, most, factors);
+  spread(run, most_sq, factors_sq);
+  finish(coded, count, each, first, second, p, coded.codes(begin));
+  finish_sq(coded.maps[1], count, each_sq, second, coded.codes_sq(begin));
   store_param(coded.args, coded.tensor, begin, count, p);
 }
 
@@ -301,16 +246,18 @@ inline void step_large_block(const Coded& coded, int64_t begin, int64_t end, flo
   const auto moments = [&](int64_t i, int64_t count) {
     coded.look_up_moments(i, count, first, second);
     const float* const g = grad_piece(coded.args, coded.tensor, i, count, grads);
-    most = new_moments(coded.lanes, g, old, old_sq, count, first, second, most);
+    most = new_moments(coded.lanes, g, Factors<false>{&old}, Factors<false>{&old_sq}, count, first,
+                       second, most);
   };
   for (int64_t i = begin; i < end; i += kPiece) moments(i, min64(kPiece, end - i));
-  store_absmax(most, absmax, absmax_sq);
+  store_absmax(reduce_max(most.exp_avg), reduce_max(most.exp_avg_sq), absmax, absmax_sq);
+  const float inverse = reciprocal(*absmax), inverse_sq = reciprocal(*absmax_sq);
   for (int64_t i = begin; i < end; i += kPiece) {
     const int64_t count = min64(kPiece, end - i);
     moments(i, count);
     float* const p = param_piece(coded.args, coded.tensor, i, count, params);
-    finish(coded, count, reciprocal(*absmax), first, second, p, coded.codes(i));
-    finish_sq(coded.maps[1], count, reciprocal(*absmax_sq), second, coded.codes_sq(i));
+    finish(coded, count, Factors<false>{&inverse}, first, second, p, coded.codes(i));
+    finish_sq(coded.maps[1], count, Factors<false>{&inverse_sq}, second, coded.codes_sq(i));
     store_param(coded.args, coded.tensor, i, count, p);
   }
 }
@@ -326,6 +273,14 @@ void adamw_step(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tenso
   const Coded coded = {args, tensor, maps, lanes_of(scalars)};
   const int64_t blocks_a_row = 1 + (tensor.cols - 1) / args.blocksize;
   Run run = {};
+  const auto step_blocks = [&] {
+    if (!run.blocks) return;
+    if (run.ends[0] < kShort)
+      step_short_run(coded, run);
+    else
+      step_run(coded, run);
+    run.blocks = 0;
+  };
   for (int64_t block = begin; block < end; ++block) {
     const int64_t row = block / blocks_a_row;
     const int64_t column = (block - row * blocks_a_row) * args.blocksize;
@@ -333,18 +288,21 @@ void adamw_step(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tenso
     const int64_t last = first + min64(args.blocksize, tensor.cols - column);
     float* const absmax = tensor.exp_avg_absmax + block;
     float* const absmax_sq = tensor.exp_avg_sq_absmax + block;
-    if (run.blocks && (run.blocks == kRun || last - run.begin > kPiece)) {
-      step_run(coded, run);
-      run.blocks = 0;
-    }
+    // Blocks of a short run are no longer than its first.
+    const bool longer = run.blocks && run.ends[0] < kShort && last - first > run.ends[0];
+    if (longer || run.blocks == kRun || last - run.begin > kPiece) step_blocks();
     if (last - first > kPiece) {
       step_large_block(coded, first, last, absmax, absmax_sq);
       continue;
     }
-    if (!run.blocks) run = {first, 0, {}, absmax, absmax_sq};
+    if (!run.blocks) {
+      run.begin = first;
+      run.absmax = absmax;
+      run.absmax_sq = absmax_sq;
+    }
     run.ends[run.blocks++] = last - run.begin;
   }
-  if (run.blocks) step_run(coded, run);
+  step_blocks();
 }
 
 }  // namespace FEINWERK_ISA_NAME

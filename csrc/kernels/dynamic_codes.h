@@ -20,15 +20,22 @@ inline uint8_t nearest_code(const DynamicMap& map, float s) {
 // inverse underflows: the step would be divided by eps alone. A block whose inverse is 0 is zero.
 inline float floor_of_zero(float inverse) { return inverse > 0 ? 0.0f : __builtin_inff(); }
 
-// codes[i] = the nearest code of x[i] * inverse; NaN counts as zero.
-template <bool is_signed>
-inline void moment_codes(const DynamicMap& map, const float* x, float inverse, int64_t count,
-                         uint8_t* codes) {
-  const float floor = floor_of_zero(inverse);
-  for (int64_t i = 0; i < count; ++i) {
-    const float s = x[i] * inverse;
+// What elements are multiplied with: one factor for all, or one for each.
+template <bool each>
+struct Factors {
+  const float* p;
+  float at(int64_t i) const { return p[each ? i : 0]; }
+  F vector(int64_t i) const { return each ? load(p + i) : set1(*p); }
+};
+
+// codes[i] = the nearest code of x[i] * inverse, for i in [begin, end); NaN counts as zero.
+template <bool is_signed, bool each>
+inline void moment_codes(const DynamicMap& map, const float* x, Factors<each> inverse,
+                         int64_t begin, int64_t end, uint8_t* codes) {
+  for (int64_t i = begin; i < end; ++i) {
+    const float s = x[i] * inverse.at(i);
     const uint8_t code = nearest_code(map, s == s ? s : 0.0f);
-    codes[i] = !is_signed && code == 0 && x[i] > floor ? 1 : code;
+    codes[i] = !is_signed && code == 0 && x[i] > floor_of_zero(inverse.at(i)) ? 1 : code;
   }
 }
 
@@ -44,9 +51,9 @@ class Encoder16 {
         offset_(load(map.offset)),
         top_(load_dwords(map.top)) {}
 
-  // Of x * inverse; `floor` is floor_of_zero(inverse). Returns the lanes, about one in a thousand,
+  // Of x * inverse. Returns the lanes, about one in a thousand,
   // that lie so near a boundary that rounding could matter: those need the table.
-  __mmask16 operator()(F x, F inverse, F floor, uint8_t* codes) const {
+  __mmask16 operator()(F x, F inverse, uint8_t* codes) const {
     const F s = mul(x, inverse);
     // 2^-31 stands for everything below, and for NaN: a maximum takes its second operand then.
     const F a = _mm512_max_ps(is_signed ? absolute(s) : s, set1(0x1p-31f));
@@ -72,7 +79,9 @@ class Encoder16 {
       code = _mm512_mask_sub_epi32(_mm512_add_epi32(zero, number), negative, zero, number);
       code = _mm512_max_epi32(code, _mm512_setzero_si512());  // there is no -1
     } else {
-      const __mmask16 positive = _mm512_cmp_ps_mask(x, floor, _CMP_GT_OQ);
+      // Not where the inverse is 0: see floor_of_zero.
+      const __mmask16 finite = _mm512_cmp_ps_mask(inverse, zero(), _CMP_GT_OQ);
+      const __mmask16 positive = _mm512_mask_cmp_ps_mask(finite, x, zero(), _CMP_GT_OQ);
       code = _mm512_mask_max_epi32(number, positive, number, _mm512_set1_epi32(1));
     }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(code));
