@@ -2,12 +2,14 @@
 
 from feinwerk.optim.adamw import AdamW
 from feinwerk.optim.errors import Disagreement, PeerFailure, PhaseTimeout, ShardingError
+from feinwerk.optim.grad_scaler import GradScaler
 from feinwerk.optim.gradient_norm import gradient_norm
 from feinwerk.optim.sharded_adamw import ShardedAdamW
 
 __all__ = [
     "AdamW",
     "Disagreement",
+    "GradScaler",
     "PeerFailure",
     "PhaseTimeout",
     "ShardedAdamW",

@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from feinwerk import _checks
 from feinwerk.optim.adamw import AdamW
 from feinwerk.optim.agreement import Facts, agree, tensor_fingerprint
 from feinwerk.optim.collectives import Collectives, reached
+from feinwerk.optim.gradient_hooks import GradientHooks
 from feinwerk.optim.gradient_norm import clip_coefficient
 from feinwerk.optim.group import parameter_name
 from feinwerk.optim.row_shards import Offload, RowShards
@@ -44,9 +44,10 @@ class ShardedAdamW(AdamW):
     stage and bucket size. One process without a group is a world of its own.
 
     Gradients are reduced while `backward` runs, so that they must not be changed between `backward`
-    and `step`: clip with `max_grad_norm`. Every rank calls `backward` equally often, and `step`;
-    parameters without a gradient, on some ranks or all, are agreed on. With stage 2, `step`
-    consumes the gradients, also without `zero_grad`. A closure works as in torch.
+    and `step`: clip with `max_grad_norm`, scale with `feinwerk.optim.GradScaler`. Every rank calls
+    `backward` equally often, and `step`; parameters without a gradient, on some ranks or all, are
+    agreed on. With stage 2, `step` consumes the gradients, also without `zero_grad`. Closures work
+    as in torch.
 
     States are DTensors over the group, Shard(0) (Replicate for numbers), so that
     `torch.distributed.checkpoint` and `feinwerk.distributed` save and reshard them. A number of
@@ -88,6 +89,7 @@ class ShardedAdamW(AdamW):
         nonfinite_parameter: see `AdamW`; the first one over all ranks.
         found_inf_anywhere: whether the last step was left out, on all ranks, for a gradient that is
             not finite.
+        tells_grad_scaler: whether `step` has been called by `feinwerk.optim.GradScaler`.
 
     Raises:
         TypeError: as `AdamW`, and for DTensors.
@@ -149,15 +151,14 @@ class ShardedAdamW(AdamW):
         self.process_group, self.stage = process_group, stage
         self.reduce_gradients, self.offload = reduce_gradients, offload
         self.timeout, self.first_step_timeout = timeout, first_step_timeout
-        self.found_inf_anywhere = False
+        self.found_inf_anywhere, self.tells_grad_scaler = False, False
         self._options = StepOptions(stage, int(bucket_mb * 2**20), reduce_gradients, overlap)
         self._collectives: Collectives | None = None
         self._connected = False
         self._row_shards: RowShards | None = None
         self._work: ShardedStep | None = None
         self._synchronizing = True
-        self._hooked: Any = torch.utils.weak.WeakIdKeyDictionary()
-        weakref.finalize(self, _remove_hooks, self._hooked)
+        self._hooks = GradientHooks(self._gradient_arrived)
         super().__init__(
             params, lr, betas, eps, weight_decay, state_bits=state_bits, blocksize=blocksize,
             bf16_params=bf16_params, min_quantized_numel=min_quantized_numel,
@@ -180,7 +181,7 @@ class ShardedAdamW(AdamW):
         if self.param_groups[-1]["layout"] != "rows":
             self.param_groups.pop()
             _checks.reject(ValueError, _OP, "layout", 'be "rows"', "'flat'")
-        self._hook_parameters()
+        self._hooks.add(param for _, param, _ in self._parameters())
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -226,6 +227,9 @@ class ShardedAdamW(AdamW):
                 loss = closure()
         grad_scale: torch.Tensor | None = getattr(self, "grad_scale", None)
         found_inf = float(getattr(self, "found_inf", None) or 0) != 0
+        if grad_scale is not None and self._reduces() and not self.tells_grad_scaler:
+            rule = "be feinwerk.optim.GradScaler, which all ranks tell the same"
+            _checks.reject(TypeError, _OP, "scaler", rule, "another one")
         with torch.no_grad():
             self._sharded_step(grad_scale, found_inf)
         return loss
@@ -238,7 +242,7 @@ class ShardedAdamW(AdamW):
         verdict = work.agree(
             partial(self._step_facts, work, scale),
             found_inf,
-            self.skip_nonfinite,
+            self.skip_nonfinite or grad_scale is not None,
             self.max_grad_norm is not None,
         )
         if verdict.norm is not None:
@@ -291,27 +295,24 @@ class ShardedAdamW(AdamW):
 
     def close(self) -> None:
         """Remove the hooks, let files go, end the heartbeat; states and parameters stay."""
-        _remove_hooks(self._hooked)
+        self._hooks.remove()
         if self._row_shards is not None:
             self._row_shards.close()
         if self._collectives is not None:
             self._collectives.close()
 
-    def _hook_parameters(self) -> None:
-        for _, param, _ in self._parameters():
-            if param.requires_grad and param.is_leaf and param not in self._hooked:
-                hook = partial(_on_gradient, weakref.ref(self))
-                self._hooked[param] = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-
     def _gradient_arrived(self, param: torch.Tensor) -> None:
-        collectives = self._connect()
-        if collectives is None or not self.reduce_gradients or not self._synchronizing:
+        if not self._synchronizing or not self._reduces():
             return
         work = self._prepared(at_step=False)
         position = work.layout.position.get(id(param))
         if position is not None:
             reached("backward hook")
             work.gradients.ready(position)
+
+    def _reduces(self) -> bool:
+        collectives = self._connect()
+        return self.reduce_gradients and collectives is not None and collectives.world_size > 1
 
     def _connect(self) -> Collectives | None:
         """The collectives of the group, from the first use on; None without a group."""
@@ -334,7 +335,7 @@ class ShardedAdamW(AdamW):
             if begun:
                 work.check_no_new_gradients(self.param_groups)
                 return work
-        self._hook_parameters()
+        self._hooks.add(param for _, param, _ in self._parameters())
         collectives = self._connect()
         layout = self._shards().layout(self.param_groups)
         states = self._shards().states(self.state, self.param_groups)
@@ -372,16 +373,3 @@ class ShardedAdamW(AdamW):
 
     def _like(self, param: torch.Tensor) -> torch.Tensor:
         return self._shards().like(param)
-
-
-def _on_gradient(optimizer: weakref.ref[ShardedAdamW], param: torch.Tensor) -> None:
-    """The hook; it does not keep the optimizer."""
-    alive = optimizer()
-    if alive is not None:
-        alive._gradient_arrived(param)
-
-
-def _remove_hooks(hooked: Any) -> None:
-    for handle in hooked.values():
-        handle.remove()
-    hooked.clear()
