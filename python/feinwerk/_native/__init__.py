@@ -148,7 +148,7 @@ class _Scratch(threading.local):
         buffer = self.buffer
         if buffer is None or buffer.numel() < size + _ALIGNMENT:
             # The old one first, so that both are never held.
-            self.buffer = None
+            self.buffer = buffer = None
             self.buffer = buffer = _empty(size + _ALIGNMENT, torch.uint8)
         address = buffer.data_ptr()
         return address + -address % _ALIGNMENT
@@ -157,6 +157,7 @@ class _Scratch(threading.local):
         """Call with (address, size) of the workspace; once more when it returns a larger size."""
         buffer = self.buffer
         held = 0 if buffer is None else buffer.numel() - _ALIGNMENT
+        del buffer  # it must not outlive its place in self.buffer
         need = call(self.at_least(held) if held > 0 else _NO_ADDRESS, held)
         if need:
             call(self.at_least(need), need)
