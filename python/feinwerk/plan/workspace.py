@@ -14,6 +14,8 @@ from feinwerk.plan.settings import Settings
 _CHUNK_ROWS, _PACKED_BYTES = 1024, 16 << 20
 # A depth block in units of 4 bytes, the rows of W decoded together, and columns in the backward.
 _DEPTH, _PANEL_ROWS, _SLAB, _WIDE_SLAB, _WIDE = 256, 96, 64, 256, 2048
+# What a thread needs for the gradients of A and B (csrc/kernels/adapter_gradients.cpp).
+_ADAPTER_SCRATCH = 386 << 10
 # The reference backend, bytes an element of W at their most: codes, values, scales, their product
 # (1 + 3 * 4), and W in the activations' dtype.
 _DECODED_BYTES = 13
@@ -28,7 +30,8 @@ def workspace(model: Architecture, settings: Settings) -> int:
     if settings.device == "cuda":
         return max(_reference(m.N, m.K, settings) for m in used)
     S = settings.tokens * settings.r * FP32
-    return max(max(_forward(m.K, settings), _backward(m.N, m.K, settings) + S) for m in used)
+    products = max(max(_forward(m.K, settings), _backward(m.N, m.K, settings) + S) for m in used)
+    return max(products, _ADAPTER_SCRATCH + S)
 
 
 def _rows(row_bytes: int, tokens: int) -> int:
