@@ -270,6 +270,9 @@ class AdamW(Optimizer):
             fresh = wrap_state(fresh, mesh, placements, param.shape)
         return fresh
 
+    def release_memory(self) -> None:
+        """Give back memory of states that are in files as well; for who has read many of them."""
+
     def _item(self, index: int, param: torch.Tensor, group: dict[str, Any]) -> StepItem:
         grad = local_gradient(param)
         assert grad is not None

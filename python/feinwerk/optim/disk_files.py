@@ -168,7 +168,8 @@ class SlotFiles:
         """Take the pages of the maps out of this process's memory; the files keep them."""
         for slot, mapped in enumerate(self.maps):
             mapped.madvise(mmap.MADV_DONTNEED)
-            self._forget(slot, 0, self.layout.nbytes)
+            if self.fsync:  # otherwise most are not written yet, and looking at each takes long
+                self._forget(slot, 0, self.layout.nbytes)
 
     def _forget(self, slot: int, offset: int, size: int) -> None:
         """Leave no copy in the page cache (unwritten and mapped pages stay)."""

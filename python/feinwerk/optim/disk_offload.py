@@ -13,14 +13,15 @@ next step.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 import torch
 
 from feinwerk.optim.buckets import Bucket, Slot
+from feinwerk.optim.disk_format import TensorSpec
 from feinwerk.optim.disk_states import DiskStates
-from feinwerk.optim.state import State, to_local
+from feinwerk.optim.state import INITIAL_VALUES, State, to_local
 
 
 class DiskOffload:
@@ -30,7 +31,7 @@ class DiskOffload:
         state: the optimizer's; to be replaced when that is (`load_state_dict` does so).
         params: parameters, as the slots of the buckets count them.
         buckets: of them.
-        make: returns the state of this rank's rows before the first step.
+        spec: returns dtypes and shapes of the state of this rank's rows.
         wrap: returns the local tensors of a state as the optimizer shows them.
         directory: of all ranks; this one uses a directory `rank-<rank>` in it.
         rank: this one.
@@ -46,7 +47,7 @@ class DiskOffload:
         state: MutableMapping[torch.Tensor, State],
         params: Sequence[torch.Tensor],
         buckets: Sequence[Bucket],
-        make: Callable[[Slot], State],
+        spec: Callable[[Slot], Mapping[str, TensorSpec]],
         wrap: Callable[[Slot, State], State],
         directory: str | os.PathLike[str],
         rank: int,
@@ -55,18 +56,14 @@ class DiskOffload:
     ) -> None:
         """Reserve the room on disk; it is filled before the first step."""
         self.state, self._params, self._buckets = state, params, buckets
-        self._make, self._wrap = make, wrap
+        self._wrap = wrap
         self._place = {
             id(params[slot.index]): (i, slot)
             for i, bucket in enumerate(buckets)
             for slot in bucket.slots
         }
         specs = [
-            {
-                _key(slot, name): (to_local(tensor).dtype, tuple(to_local(tensor).shape))
-                for slot in bucket.slots
-                for name, tensor in make(slot).items()
-            }
+            {_key(slot, name): one for slot in bucket.slots for name, one in spec(slot).items()}
             for bucket in buckets
         ]
         self._names = [list(spec) for spec in specs]
@@ -191,13 +188,17 @@ class DiskOffload:
         same = all(state.get(name) is tensor for name, tensor in mapped.items())
         return not same or len(state) != len(mapped) + 1
 
-    def _record(self, bucket: int) -> dict[str, torch.Tensor]:
+    def _record(self, bucket: int) -> dict[str, torch.Tensor | int]:
         """What the record of a bucket is filled with."""
         if self._disk.generation:
             self._disk.drop()  # of the bucket before, if it came from maps
-        record = {}
+        record: dict[str, torch.Tensor | int] = {}
         for slot in self._buckets[bucket].slots:
-            state = self.state.get(self._params[slot.index]) or self._make(slot)
+            state = self.state.get(self._params[slot.index])
+            if not state:
+                for name in self._names_of(bucket, slot):
+                    record[_key(slot, name)] = INITIAL_VALUES.get(name, 0)
+                continue
             for name, tensor in state.items():
                 record[_key(slot, name)] = to_local(tensor)
         return record

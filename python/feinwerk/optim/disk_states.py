@@ -145,13 +145,14 @@ class DiskStates:
 
     def fill(
         self,
-        records: Iterable[Mapping[str, torch.Tensor]],
+        records: Iterable[Mapping[str, torch.Tensor | int]],
         order: Sequence[int] | None = None,
     ) -> None:
         """Make a generation of given states: one record for each bucket, consumed lazily.
 
         Args:
-            records: the tensors of each bucket; copied before the next record is asked for.
+            records: the tensors of each bucket, or a number for all elements of one; copied before
+                the next record is asked for.
             order: the buckets that they are for; default all. The others stay as they are.
 
         Raises:
@@ -177,13 +178,16 @@ class DiskStates:
             raise
         self.commit()
 
-    def _copy(self, bucket: int, record: Mapping[str, torch.Tensor], buffer: Buffer) -> None:
+    def _copy(self, bucket: int, record: Mapping[str, torch.Tensor | int], buffer: Buffer) -> None:
         places = self.layout.records[bucket].places
         if set(record) != set(places):
             rule = f"have the tensors {list(places)}"
             _checks.reject(ValueError, _OP, f"record of bucket {bucket}", rule, list(record))
         for name, target in buffer.tensors(self.layout, bucket).items():
             given = record[name]
+            if isinstance(given, int):
+                target.fill_(given)
+                continue
             if given.dtype != target.dtype or given.shape != target.shape:
                 rule = f"be {target.dtype} of shape {tuple(target.shape)}"
                 got = f"{given.dtype} of shape {tuple(given.shape)}"

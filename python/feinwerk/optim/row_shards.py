@@ -12,6 +12,7 @@ import torch
 from feinwerk import _checks
 from feinwerk.optim.buckets import Slot
 from feinwerk.optim.collectives import Collectives
+from feinwerk.optim.disk_format import TensorSpec
 from feinwerk.optim.disk_offload import DiskOffload
 from feinwerk.optim.memory_states import MemoryStates
 from feinwerk.optim.sharded_layout import Groups, ShardedLayout, make_layout, signature
@@ -92,6 +93,11 @@ class RowShards:
         def make(slot: Slot) -> State:
             return self.new_state(layout.params[slot.index], groups[layout.groups[slot.index]])
 
+        def spec(slot: Slot) -> dict[str, TensorSpec]:
+            param, group = layout.params[slot.index], groups[layout.groups[slot.index]]
+            state = new_state(self._rows(param).to("meta"), param.shape, group)
+            return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+
         def show(slot: Slot, rows: State) -> State:
             return self._placed(rows, layout.params[slot.index])
 
@@ -103,7 +109,7 @@ class RowShards:
                 state,
                 layout.params,
                 layout.buckets,
-                make,
+                spec,
                 show,
                 self._offload.directory,
                 0 if ranks is None else ranks.rank,

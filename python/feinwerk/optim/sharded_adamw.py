@@ -359,6 +359,10 @@ class ShardedAdamW(AdamW):
         """Return this rank's rows of a state before the first step; see `AdamW`."""
         return self._shards().states(self.state, self.param_groups).empty_state(param)
 
+    def release_memory(self) -> None:
+        """Give back memory of states on disk that were looked at; they are read again at need."""
+        self._shards().states(self.state, self.param_groups).drop()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` gave, of any world size; see `AdamW`."""
         super().load_state_dict(state_dict)

@@ -25,7 +25,7 @@ from feinwerk.ops.adamw_step import adamw_step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # The code of zero in the signed dynamic map; in the unsigned one it is 0.
-_ZEROS = {"exp_avg_codes": 127}
+INITIAL_VALUES = {"exp_avg_codes": 127}
 
 State = dict[str, torch.Tensor]
 Shape = Sequence[int]
@@ -154,7 +154,7 @@ def new_state(local: torch.Tensor, global_shape: Shape, group: Group) -> State:
         if name.endswith("_absmax") and len(global_shape) >= 2:
             # An empty shard may have lost the length of its rows.
             shape = (local.shape[0], global_shape_of_state(name, global_shape, group)[1])
-        state[name] = torch.full(shape, _ZEROS.get(name, 0), dtype=dtype, device=device)
+        state[name] = torch.full(shape, INITIAL_VALUES.get(name, 0), dtype=dtype, device=device)
     return state
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from feinwerk.distributed.checkpoint import directories, manifest, values
 from feinwerk.distributed.checkpoint.agreement import ARGUMENTS, Peers
 from feinwerk.distributed.checkpoint.manifest import Manifest
+from feinwerk.distributed.checkpoint.names import release_of
 from feinwerk.distributed.checkpoint.reader import read_tensors
 from feinwerk.distributed.checkpoint.targets import Targets, find_targets
 from feinwerk.distributed.checkpoint.verify import find_damage
@@ -187,7 +188,10 @@ def _load(
     if verify:
         peers.together("verification", check)
     try:
-        peers.together("reading", lambda: read_tensors(path, content, targets.tensors, verify))
+        release = release_of(optimizer)
+        peers.together(
+            "reading", lambda: read_tensors(path, content, targets.tensors, verify, release)
+        )
         peers.together("applying", lambda: _apply(content, targets, model, optimizer, scheduler))
     except CheckpointError as error:
         error.partly_loaded = True

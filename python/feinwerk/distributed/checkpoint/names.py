@@ -9,7 +9,7 @@ Wrappers put a component into names (`module.`, `_orig_mod.`, ...); it is left o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from feinwerk import _checks
+from feinwerk.optim import AdamW
 
 Parameters = Literal["trainable", "all"]
 
@@ -152,3 +153,8 @@ def state_items(op: str, name: str, state: dict[str, Any]) -> Iterator[tuple[str
             place = f"the names in optimizer.state of {name}"
             _checks.reject(ValueError, op, place, "be text without dots", repr(key))
         yield key, value.detach()
+
+
+def release_of(optimizer: torch.optim.Optimizer | None) -> Callable[[], None]:
+    """Return what gives back the memory of states that are in files as well."""
+    return optimizer.release_memory if isinstance(optimizer, AdamW) else lambda: None

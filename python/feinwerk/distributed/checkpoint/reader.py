@@ -7,7 +7,7 @@ against their checksum once more, and copied.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +30,11 @@ from feinwerk.optim.state import to_local
 
 
 def read_tensors(
-    path: Path, manifest: Manifest, targets: Mapping[str, torch.Tensor], verify: bool
+    path: Path,
+    manifest: Manifest,
+    targets: Mapping[str, torch.Tensor],
+    verify: bool,
+    release: Callable[[], None],
 ) -> None:
     """Fill the local parts of `targets` from the checkpoint at `path`.
 
@@ -39,6 +43,7 @@ def read_tensors(
         manifest: of the checkpoint; it has all the keys, in the same shapes.
         targets: tensors and DTensors by their keys.
         verify: whether to compare checksums.
+        release: called when a tensor has been filled and its memory may go.
 
     Raises:
         CorruptShard: if a shard cannot be read or is not what was written.
@@ -71,6 +76,7 @@ def read_tensors(
             ):
                 part = part.narrow(dim, start, length)
             planner.resolve_tensor(item).detach().copy_(part)
+        release()
 
 
 def read_shard(path: Path, key: str, shard: Shard, verify: bool) -> torch.Tensor:

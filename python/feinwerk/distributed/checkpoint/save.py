@@ -27,6 +27,7 @@ from feinwerk.distributed.checkpoint.manifest import Group, Manifest
 from feinwerk.distributed.checkpoint.names import (
     model_tensors,
     optimizer_parameters,
+    release_of,
     state_items,
 )
 from feinwerk.distributed.checkpoint.writer import write_tensors
@@ -118,7 +119,7 @@ def save_checkpoint(
     nonce, temporary = peers.first("create", lambda: _create(directory, step))
     final = temporary.with_name(directories.name_of_step(step))
     try:
-        written = write_tensors(peers, temporary, content.tensors)
+        written = write_tensors(peers, temporary, content.tensors, release_of(optimizer))
 
         def commit() -> bool:
             assert written is not None  # this runs on rank 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -84,13 +85,16 @@ class Written:
         return files
 
 
-def write_tensors(peers: Peers, path: Path, state_dict: dict[str, Any]) -> Written | None:
+def write_tensors(
+    peers: Peers, path: Path, state_dict: dict[str, Any], release: Callable[[], None]
+) -> Written | None:
     """Write a nested state dict of tensors and DTensors into the directory `path`.
 
     Args:
         peers: the ranks that write together; every one has the same keys.
         path: an existing directory without a checkpoint in it.
         state_dict: nested dicts of tensors.
+        release: called when a tensor has been written and its memory may go.
 
     Returns:
         On rank 0 what was written, elsewhere None.
@@ -114,7 +118,8 @@ def write_tensors(peers: Peers, path: Path, state_dict: dict[str, Any]) -> Writt
     everything: list[list[WrittenItem]] = []
 
     def write() -> list[WrittenItem]:
-        return _write_file(path, f"__{peers.rank}_0.distcp", peers.rank, plan.items, planner)
+        name = f"__{peers.rank}_0.distcp"
+        return _write_file(path, name, peers.rank, plan.items, planner, release)
 
     def collect(written: list[list[WrittenItem]]) -> list[None]:
         everything.extend(written)
@@ -126,7 +131,12 @@ def write_tensors(peers: Peers, path: Path, state_dict: dict[str, Any]) -> Writt
 
 
 def _write_file(
-    path: Path, name: str, rank: int, items: list[WriteItem], planner: DefaultSavePlanner
+    path: Path,
+    name: str,
+    rank: int,
+    items: list[WriteItem],
+    planner: DefaultSavePlanner,
+    release: Callable[[], None],
 ) -> list[WrittenItem]:
     if not path.is_dir():
         raise FileNotFoundError(
@@ -150,5 +160,6 @@ def _write_file(
             info = _StorageInfo(name, start, length)
             result = WriteResult(item.index, length, info)
             written.append(WrittenItem(result, item.index.fqn, shard))
+            release()
     sync(path)
     return written
