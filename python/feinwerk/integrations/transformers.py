@@ -17,7 +17,7 @@ _FOLDER = "feinwerk"
 _TRAINERS_OWN = "optimizer.pt"
 
 
-class ShardedCheckpoint(TrainerCallback):  # type: ignore[misc]
+class ShardedCheckpoint(TrainerCallback):
     """Save and resume `ShardedAdamW` under the Trainer, on any number of ranks.
 
     The Trainer saves the optimizer of rank 0 alone, which has a part of the states. This callback
@@ -70,22 +70,18 @@ class ShardedCheckpoint(TrainerCallback):  # type: ignore[misc]
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        *,
-        model: Any,
-        optimizer: Any,
-        lr_scheduler: Any,
         **kwargs: Any,
     ) -> None:
         """Save what the Trainer cannot; every rank calls it."""
         if args.save_only_model:
             return
-        folder = self.folder(args.output_dir, state.global_step)
+        folder = self.folder(str(args.output_dir), state.global_step)
         # The Trainer has just written over what was beside it: of an earlier run from here on.
         peers = Peers("ShardedCheckpoint", None, self.timeout)
         peers.first("clear", lambda: shutil.rmtree(folder) if folder.exists() else None)
         save_checkpoint(
-            folder, state.global_step, model, _bare(optimizer), scheduler=lr_scheduler,
-            timeout=self.timeout,
+            folder, state.global_step, kwargs["model"], _bare(kwargs["optimizer"]),
+            scheduler=kwargs["lr_scheduler"], timeout=self.timeout,
         )  # fmt: skip
         if args.should_save:
             # The states of rank 0 alone: loaded, they would be taken for everybody's.
@@ -96,21 +92,18 @@ class ShardedCheckpoint(TrainerCallback):  # type: ignore[misc]
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        *,
-        model: Any,
-        optimizer: Any,
-        lr_scheduler: Any,
         **kwargs: Any,
     ) -> None:
         """Load it after the Trainer has loaded its own; every rank calls it."""
         if state.global_step == 0:
             return
-        folder = self.folder(args.output_dir, state.global_step)
+        folder = self.folder(str(args.output_dir), state.global_step)
         if self.resume_from is not None:
             folder = self.resume_from / _FOLDER
         loaded = load_latest(
-            folder, model, _bare(optimizer), scheduler=lr_scheduler, timeout=self.timeout
-        )
+            folder, kwargs["model"], _bare(kwargs["optimizer"]),
+            scheduler=kwargs["lr_scheduler"], timeout=self.timeout,
+        )  # fmt: skip
         if loaded is None or loaded.step != state.global_step:
             got = "nothing" if loaded is None else f"step {loaded.step}"
             raise CheckpointError(
