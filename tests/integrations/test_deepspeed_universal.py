@@ -14,6 +14,8 @@ from feinwerk.distributed import CheckpointError, MismatchedCheckpoint
 from feinwerk.integrations.deepspeed import export_universal, import_universal
 from feinwerk.optim.moments import dequantize_moment, quantize_moment
 from feinwerk.testing import assert_same_bits
+from tests.integrations import universal_ranks
+from tests.optim.processes import run_ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -213,3 +215,35 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_behind(
     with pytest.raises(CheckpointError, match="No space left on device"):
         export_universal(model, optimizer, tmp_path / "u")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_engine_writes_the_same_and_reads_it_at_any_world_size(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    written = run_ranks(universal_ranks.export_all, 2, str(tmp_path), dtype)
+    engines = universal_ranks.ENGINES
+    for report in written:
+        for engine in engines:
+            same_content(report[engine], written[0]["plain"], engine)
+    for file in sorted((tmp_path / "plain" / "zero").glob("*/*.pt")):
+        for engine in engines[1:]:
+            other = tmp_path / engine / "zero" / file.parent.name / file.name
+            ours, theirs = torch.load(file), torch.load(other)
+            if file.name != "step.pt":
+                ours, theirs = ours["param"], theirs["param"]
+            assert_same_bits(theirs, ours, f"{engine} {file.parent.name}/{file.name}")
+    read = run_ranks(universal_ranks.import_all, 4, str(tmp_path), dtype, "fsdp2")
+    for report in read:
+        for engine in engines:
+            same_content(report[engine], read[0]["plain"], engine)
+            same_content(report[f"{engine} later"], read[0]["plain later"], f"{engine} later")
+    for name, value in read[0]["plain"].items():
+        if "codes" not in name and "absmax" not in name:
+            assert_same_bits(value, written[0]["plain"][name], name)
+
+
+def same_content(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], what: str) -> None:
+    assert set(ours) == set(theirs), what
+    for name, value in ours.items():
+        assert_same_bits(value, theirs[name], f"{what} {name}")
