@@ -20,6 +20,7 @@ from feinwerk.optim.errors import PeerFailure, PhaseTimeout, ShardingError
 from feinwerk.optim.heartbeat import Beats, Heartbeat, silent
 
 _SLICE = 0.5  # seconds of waiting in one piece: an interrupt is seen in between
+_CONNECTION = re.compile("connection|peer|closed|closure|socket|pipe|timed out", re.IGNORECASE)
 _heartbeats = 0  # of this process, so that each has keys of its own
 _on_reached: Callable[[str], None] | None = None
 
@@ -166,7 +167,7 @@ class Collectives:
         return [bytes(row[:size].tolist()).decode() for row, size in pairs]
 
     def _gathered(self, given: torch.Tensor, phase: str) -> torch.Tensor:
-        given = given.to(self.control_device)
+        given = given.to(self.control_device).reshape(1, -1)
         output = torch.empty(self.world_size, given.numel(), dtype=given.dtype, device=given.device)
         self.all_gather(output, given, phase).wait()
         return output.cpu()
@@ -197,6 +198,8 @@ class Collectives:
         try:
             work = getattr(self.group, method)(*tensors, *more, made)
         except RuntimeError as error:
+            if not _CONNECTION.search(str(error)):
+                raise  # refused by torch on this rank: no peer is at fault
             raise self._failed(phase, error, begin, None) from error
         return Transfer(self, phase, work, tuple(flat))
 

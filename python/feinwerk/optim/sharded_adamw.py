@@ -235,6 +235,8 @@ class ShardedAdamW(AdamW):
         return loss
 
     def _sharded_step(self, grad_scale: torch.Tensor | None, found_inf: bool) -> None:
+        for index, param, _ in self._parameters():
+            self._check_gradient(index, param)
         work = self._prepared(at_step=True)
         work.states.state = self.state  # torch replaces it now and then
         groups = self.param_groups
