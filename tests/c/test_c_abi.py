@@ -63,6 +63,17 @@ def test_every_word_of_every_isa(folder: Path) -> None:
         assert "checks passed" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "flags", [(), pytest.param(("--all",), marks=pytest.mark.full)], ids=["some", "all"]
+)
+def test_every_code_of_every_isa(folder: Path, flags: tuple[str, ...]) -> None:
+    isas = cbuild.run(folder / "test_abi", "--isas").stdout.split()
+    for isa in isas:
+        result = cbuild.run(folder / f"test_dynamic_codes_{isa}", *flags)
+        assert result.returncode == 0, f"{isa}: {result.stdout}{result.stderr}"
+        assert "checks passed" in result.stdout
+
+
 def test_examples_of_the_docs_run(folder: Path, tmp_path: Path) -> None:
     # tests/test_docs.py compiles them; here they are linked with the core and run.
     compiler = shutil.which("cc")
