@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def start_deepspeed(rank: int, world_size: int) -> Any:
     # DeepSpeed compiles what it finds compatible, for minutes; this is where it looks.
     deepspeed.ops.__compatible_ops__ = {}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, of what DeepSpeed calls
     return deepspeed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -231,3 +232,35 @@ def test_universal_checkpoints_go_to_another_world_size(runs: Runs) -> None:
         bf16 = "bf16" in what
         tolerance = 1e-3 if kind != "32" or bf16 or "-8" in checkpoint else 1e-6
         assert mean == pytest.approx(expected, rel=tolerance), what
+
+
+@pytest.mark.parametrize("runs", ["quick"], indirect=True)
+def test_what_cannot_be_converted_is_refused_and_leaves_nothing(runs: Runs, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(runs.folder / "1-8", source)
+    out = tmp_path / "out" / "universal"
+    with pytest.raises(FileNotFoundError, match="no checkpoint other in"):
+        to_universal(source, out, tag="other")
+    with pytest.raises(FileExistsError, match="out_dir must not exist"):
+        to_universal(source, source)
+    shard = source / "saved" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = torch.load(shard, weights_only=False)
+    states = content["optimizer_state_dict"]["base_optimizer_state"]["state"]
+    states[0] = {"step": states[0]["step"], "state1": torch.ones(4), "state2": torch.ones(4)}
+    torch.save(content, shard)
+    with pytest.raises(ValueError, match=r"must be one of AdamW's: .* got step, state1, state2"):
+        to_universal(source, out)
+    for stage in "13":
+        broken = tmp_path / f"broken-{stage}"
+        shutil.copytree(runs.folder / f"{stage}-32", broken)
+        (broken / "saved" / shard.name).unlink()
+        with pytest.raises(FileNotFoundError, match=r"lacks the .* of ranks \[1\] of 2"):
+            to_universal(broken, out)
+    for file in (source / "saved").glob("*optim_states.pt"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no \*_optim_states\.pt in"):
+        to_universal(source, out)
+    (source / "latest").unlink()
+    with pytest.raises(FileNotFoundError, match="tag must be given"):
+        to_universal(source, out)
+    assert not list(out.parent.iterdir())

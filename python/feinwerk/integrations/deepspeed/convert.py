@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import secrets
 import shutil
 import warnings
@@ -88,7 +89,9 @@ def to_universal(
     converted, universal = work / "fp32", work / "universal"
     converted.mkdir(parents=True)
     try:
-        lossy = [_convert(file, converted / file.name) for file in files]
+        counts = [_convert(file, converted / file.name) for file in files]
+        lossy = any(quantized for quantized, _ in counts)
+        _check_complete(source, files, max(partitions for _, partitions in counts))
         for file in source.iterdir():
             if file.is_file() and file not in files:
                 (converted / file.name).symlink_to(file.resolve())
@@ -104,7 +107,7 @@ def to_universal(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     write_whole(out.parent / "latest_universal", out.name)
-    if any(lossy):
+    if lossy:
         warnings.warn(
             f"{_OP}: the 8-bit moments are stored as fp32, dequantized; AdamW quantizes them anew "
             "when it resumes, which costs one more rounding",
@@ -124,8 +127,12 @@ def _checkpoint(directory: Path, tag: str | None) -> Path:
     return directory / tag
 
 
-def _convert(source: Path, target: Path) -> bool:
-    """Write an optimizer shard with fp32 moments; return whether there were codes in it."""
+def _convert(source: Path, target: Path) -> tuple[bool, int]:
+    """Write an optimizer shard with fp32 moments.
+
+    Returns:
+        Whether there were codes in it, and of how many shards it is one.
+    """
     shard = torch.load(source, map_location="cpu", weights_only=False)
     quantized = False
     base = _base_state(shard)
@@ -142,7 +149,24 @@ def _convert(source: Path, target: Path) -> bool:
         for name in LAYOUT_OPTIONS:
             group.pop(name, None)
     torch.save(shard, target)
-    return quantized
+    counts = shard["optimizer_state_dict"].get("partition_count", 1)
+    return quantized, max(counts) if isinstance(counts, list) else int(counts)
+
+
+def _check_complete(source: Path, files: list[Path], partitions: int) -> None:
+    """Refuse a checkpoint without all its shards, which DeepSpeed's converter would merge."""
+    ranks: dict[str, set[int]] = {}
+    for file in files:
+        match = re.search(r"zero_pp_rank_(\d+)_mp_rank_(\d+)", file.name)
+        if match:
+            ranks.setdefault(match[2], set()).add(int(match[1]))
+    for model_rank, found in sorted(ranks.items()):
+        missing = sorted(set(range(partitions)) - found)
+        if missing:
+            raise FileNotFoundError(
+                f"{_OP}: {source} lacks the optimizer states of ranks {missing} of {partitions} "
+                f"(mp_rank {model_rank})"
+            )
 
 
 def _base_state(shard: dict[str, Any]) -> Any:
