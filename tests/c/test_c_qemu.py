@@ -66,8 +66,9 @@ def test_arm_values(arm_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("isa", ["scalar", "neon"])
-def test_arm_words(arm_folder: Path, isa: str) -> None:
-    program = arm_folder / f"test_simd_words_{isa}"
+@pytest.mark.parametrize("what", ["simd_words", "dynamic_codes"])
+def test_arm_words_and_codes(arm_folder: Path, what: str, isa: str) -> None:
+    program = arm_folder / f"test_{what}_{isa}"
     check(cbuild.run(emulator("aarch64"), "-cpu", "max", program), f"{isa}: ")
 
 
