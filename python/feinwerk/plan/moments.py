@@ -13,24 +13,38 @@ from dataclasses import dataclass
 
 from feinwerk.plan import resident, saved
 from feinwerk.plan.architecture import Architecture
+from feinwerk.plan.resident import Transfers
 from feinwerk.plan.saved import FP32
 from feinwerk.plan.settings import Settings
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is there at a moment of the step, in bytes, beside what is always there."""
+    """What is there at a moment of the step, in bytes, beside what is always there.
+
+    Attributes:
+        name: of the moment.
+        activations: what the layers have saved.
+        loss: what the head and the loss have saved and work with.
+        gradients: of parameters.
+        temporaries: gradients of activations, and gradients that are still to be added up.
+        gathered: weights that are whole with stage 3.
+        sent: gradients that stage 3 is reducing.
+    """
 
     name: str
-    activations: int
-    loss: int
-    gradients: int
-    temporaries: int
+    activations: int = 0
+    loss: int = 0
+    gradients: int = 0
+    temporaries: int = 0
+    gathered: int = 0
+    sent: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.activations + self.loss + self.gradients + self.temporaries
+        kept = self.activations + self.loss + self.gradients
+        return kept + self.temporaries + self.gathered + self.sent
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,7 @@ def temporaries(layer: saved.Walk) -> int:
     return stream + max(mlp, layer.before_mlp + attention - layer.total)
 
 
-def moments(model: Architecture, settings: Settings) -> list[Moment]:
+def moments(model: Architecture, settings: Settings, transfers: Transfers) -> list[Moment]:
     """Return the moments among which the peak is."""
     kept = activations(model, settings)
     behind, logits = saved.head(model, settings), settings.tokens * model.vocab_size
@@ -98,16 +112,24 @@ def moments(model: Architecture, settings: Settings) -> list[Moment]:
     tied = model.tied and not settings.adapted
     table = model.vocab_size * model.hidden_size * settings.size if tied else 0
     becomes = table if settings.stage < 2 and not settings.accumulate else 0
+    root, whole = transfers.root, transfers.root + 3 * transfers.layer
     return [
-        Moment("loss", kept.kept, loss, before, 0),
+        Moment("forward of the last layer", kept.kept, gradients=before, gathered=whole),
+        Moment("loss", kept.kept, loss, before, gathered=root),
         Moment(
-            "backward of the last layer", kept.kept + kept.recomputed, 0,
-            max(before, sizes.head), table + kept.temporaries,
+            "backward of the last layer", kept.kept + kept.recomputed,
+            gradients=max(before, sizes.head), temporaries=table + kept.temporaries,
+            gathered=whole, sent=transfers.reduced,
         ),
         Moment(
-            "backward of the first layer", kept.first, 0,
-            max(before, sizes.total - sizes.layer - sizes.embedding), table + kept.temporaries,
+            "backward of the first layer", kept.first,
+            gradients=max(before, sizes.total - sizes.layer - sizes.embedding),
+            temporaries=table + kept.temporaries, sent=transfers.reduced,
+            gathered=root + 2 * transfers.layer,  # none comes in any more
         ),
-        Moment("gradient of the embedding", 0, 0, sizes.total, 3 * table - becomes),
-        Moment("optimizer step", 0, 0, sizes.total, 0),
+        Moment(
+            "gradient of the embedding", gradients=sizes.total, temporaries=3 * table - becomes,
+            gathered=root, sent=transfers.reduced_root,
+        ),
+        Moment("optimizer step", gradients=sizes.total),
     ]  # fmt: skip

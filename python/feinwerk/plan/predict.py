@@ -224,7 +224,7 @@ def plan(
 def predict(model: Architecture, settings: Settings) -> Plan:
     """Return the plan of checked settings."""
     transfers = resident.transfers(model, settings)
-    found = moments.moments(model, settings)
+    found = moments.moments(model, settings, transfers)
     highest = max(found, key=lambda moment: moment.total)
     trained = sum(tensor.numel for tensor in resident.trained_tensors(model, settings))
 
@@ -249,8 +249,8 @@ def predict(model: Architecture, settings: Settings) -> Plan:
         passing("logits and loss", "loss", f"vocabulary {model.vocab_size:,}"),
         passing("temporaries", "temporaries", "of the backward of one layer"),
         always("workspace", workspace(model, settings), "of the kernels"),
-        always("buckets", transfers.buffers, "sent and received"),
-        always("gathered weights", transfers.gathered, "whole while used"),
+        passing("buckets", "sent", "sent and received", transfers.buffers),
+        passing("gathered weights", "gathered", "whole while used"),
     ]
     shown = [part for part in parts if part.bytes or part.name in ("weights", "adapters")]
     return Plan(settings, model, tuple(shown), highest.name, trained)

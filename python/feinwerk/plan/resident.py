@@ -204,17 +204,25 @@ def gradient_sizes(model: Architecture, settings: Settings) -> GradientSizes:
 
 @dataclass(frozen=True)
 class Transfers:
-    """What sharding needs beside states.
+    """What it takes to talk to the other ranks, in bytes.
 
     Attributes:
-        sums: bytes of the averaged gradients of a rank's rows, kept from step to step.
-        buffers: bytes of what is sent and received, kept as well.
-        gathered: with stage 3, bytes of the weights that are whole while they are used.
+        sums: averaged gradients of a rank's rows, kept from step to step.
+        buffers: what is sent and received, kept as well.
+        root: with stage 3, what the model itself gathers, whole from the forward to the end of the
+            backward: all but the layers.
+        layer: with stage 3, one whole layer. While it is used, the next one comes in: the buffer
+            that both went through, and the weights that are taken out of it.
+        reduced: with stage 3, gradients of a layer on their way to the ranks of their rows.
+        reduced_root: likewise, of the rest of the model.
     """
 
     sums: int = 0
     buffers: int = 0
-    gathered: int = 0
+    root: int = 0
+    layer: int = 0
+    reduced: int = 0
+    reduced_root: int = 0
 
 
 def transfers(model: Architecture, settings: Settings) -> Transfers:
@@ -224,30 +232,34 @@ def transfers(model: Architecture, settings: Settings) -> Transfers:
     if settings.stage == 0:  # DDP copies gradients into buckets
         return Transfers(buffers=gradient_sizes(model, settings).total)
     if settings.stage == 3:
-        return _gathered(model, settings)
+        return _fully_sharded(model, settings)
     size, shapes = trained_size(settings), [t.shape for t in trained_tensors(model, settings)]
     capacity = int(settings.bucket_mb * 2**20)
     kinds, sizes = [0] * len(shapes), [size] * len(shapes)
     buckets = make_buckets(shapes, kinds, sizes, settings.world_size, capacity)
-    sent = [bucket.section * bucket.world_size * size for bucket in buckets]
-    under_way = min(sum(sent), max(_BUCKETS_UNDER_WAY * capacity, max(sent)))
+    sections = [bucket.section * size for bucket in buckets]
     # gloo receives the sections of all ranks and adds them up; NCCL returns their sum.
-    received = under_way if settings.device == "cpu" else under_way // settings.world_size
-    sums = sum(bucket.section for bucket in buckets) * FP32
-    return Transfers(sums=sums, buffers=under_way + received)
+    received = settings.world_size if settings.device == "cpu" else 1
+    sent = settings.world_size + received
+    limit = _BUCKETS_UNDER_WAY * capacity
+    under_way = min(sum(sections) * sent, max(2 * limit, max(sections) * sent))
+    # As much may be in stock: buffers of other sizes, for other buckets.
+    buffers = min(sum(sections) * sent, under_way + 2 * limit) + max(sections)
+    return Transfers(sums=sum(bucket.section for bucket in buckets) * FP32, buffers=buffers)
 
 
-def _gathered(model: Architecture, settings: Settings) -> Transfers:
-    """Stage 3: fully_shard over every layer and over the model, which holds what is left.
+def _fully_sharded(model: Architecture, settings: Settings) -> Transfers:
+    """Stage 3: fully_shard over every layer, and over the model, which holds what is left.
 
-    While a layer is used, the next one is on its way, in one buffer that is then taken apart. What
-    the model holds itself stays whole from the forward to the end of the backward. Gradients of one
-    layer are whole while they are reduced, beside the buffer that they are sent from.
+    Gradients of one layer are whole while they are reduced, beside the buffer that they are sent
+    from.
     """
     size = DTYPES[settings.adapter_dtype]
-    own = [weight_bytes(t, settings, whole=True) for t in layer_tensors(model, 0)]
-    added = [t.numel * size for t in adapter_tensors(model, settings, 0)]
-    root = [weight_bytes(t, settings, whole=True) for t in dense_tensors(model) if t.layer is None]
-    layer = sum(own) + sum(added)
-    trained = sum(added) if settings.adapted else sum(own)
-    return Transfers(buffers=2 * trained, gathered=2 * layer + sum(root))
+    own = sum(weight_bytes(t, settings, whole=True) for t in layer_tensors(model, 0))
+    added = sum(t.numel * size for t in adapter_tensors(model, settings, 0))
+    outside = [t for t in dense_tensors(model) if t.layer is None]
+    root = sum(weight_bytes(t, settings, whole=True) for t in outside)
+    return Transfers(
+        root=root, layer=own + added, reduced=2 * (added if settings.adapted else own),
+        reduced_root=0 if settings.adapted else root,
+    )  # fmt: skip
