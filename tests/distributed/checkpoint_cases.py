@@ -68,9 +68,9 @@ def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     return total.hexdigest()
 
 
-def run(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run(function: Callable[..., Any], world_size: int, *args: Any, limit: float = 120) -> list[Any]:
     """The results of `function(rank, world_size, *args)`; every rank must have one."""
-    endings = run_to_the_end(function, world_size, *args, limit=120)
+    endings = run_to_the_end(function, world_size, *args, limit=limit)
     bad = [e.error is not None or e.signal is not None or e.stuck for e in endings]
     assert not any(bad), "\n".join(
         f"rank {i}: signal {e.signal}, stuck: {e.stuck}\n{e.text}" for i, e in enumerate(endings)

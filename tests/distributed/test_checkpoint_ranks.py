@@ -54,7 +54,7 @@ def check(root: Path, savers: list[Engine], loaders: list[Engine]) -> None:
             (stored,) = list_checkpoints(root / name_of((engine, size)))
             assert verify_checkpoint(stored.path) == []
     for size, engines in by_size(loaders).items():
-        results = run(load_all, size, root, engines, savers)
+        results = run(load_all, size, root, engines, savers, limit=4 * len(engines) * len(savers))
         for rank, result in enumerate(results):
             for (engine, source), (now, later, extra) in result.items():
                 case = f"{name_of(source)} loaded by {name_of((engine, size))}"
