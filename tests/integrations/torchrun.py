@@ -1,4 +1,4 @@
-"""run_torchrun: runs a script of tests under torchrun, killed as a whole when it takes too long."""
+"""run_torchrun: runs modules and scripts under torchrun, killed as a whole when they take long."""
 
 from __future__ import annotations
 
@@ -15,31 +15,37 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+def torchrun(ranks: int, *target: str, folder: Path = ROOT, timeout: float = 180) -> str:
+    """Run torchrun on several ranks of this machine, in a folder; return what it printed."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={ranks}", *target,
+    ]  # fmt: skip
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"{target} took more than {timeout} s: {error.output}") from error
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == 0, output
+    return output
+
+
 def run_torchrun(module: str, ranks: int, *args: str, timeout: float = 180) -> list[Any]:
-    """Run `python -m <module> <args> <folder>` on several ranks of this machine.
+    """Run `python -m <module> <args> <folder>` on several ranks.
 
     Rank r leaves its result in <folder>/r.json; returned are those of all ranks.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={ranks}", "-m", module, *args, folder,
-        ]  # fmt: skip
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-            "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true",
-        }  # fmt: skip
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired as error:
-            raise AssertionError(f"{module} took more than {timeout} s: {error.output}") from error
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        assert process.returncode == 0, output
+        torchrun(ranks, "-m", module, *args, folder, timeout=timeout)
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
