@@ -217,11 +217,15 @@ def test_a_full_disk_is_an_error_and_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.full)],
+    ids=str,
+)
 def test_every_engine_writes_the_same_and_reads_it_at_any_world_size(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    written = run_ranks(universal_ranks.export_all, 2, str(tmp_path), dtype)
+    written = run_ranks(universal_ranks.export_all, 2, str(tmp_path), dtype, timeout=180)
     engines = universal_ranks.ENGINES
     for report in written:
         for engine in engines:
@@ -233,7 +237,7 @@ def test_every_engine_writes_the_same_and_reads_it_at_any_world_size(
             if file.name != "step.pt":
                 ours, theirs = ours["param"], theirs["param"]
             assert_same_bits(theirs, ours, f"{engine} {file.parent.name}/{file.name}")
-    read = run_ranks(universal_ranks.import_all, 4, str(tmp_path), dtype, "fsdp2")
+    read = run_ranks(universal_ranks.import_all, 4, str(tmp_path), dtype, "fsdp2", timeout=180)
     for report in read:
         for engine in engines:
             same_content(report[engine], read[0]["plain"], engine)
