@@ -1,6 +1,6 @@
 """Ranks that may die, stop or fail: how each of them ended, within a hard limit of time.
 
-Ranks are forked from a server process that has imported torch and nothing else, so that a test can
+Ranks are forked from a server process that has imported what they need, so that a test can
 afford a fresh set of them for each fault.
 """
 
@@ -20,7 +20,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_PRELOAD = ["torch", "torch.distributed", "feinwerk.optim", "feinwerk.distributed"]
+# The last one is what torch imports for the first optimizer of a process.
+_PRELOAD = ["torch", "torch.distributed", "feinwerk.optim", "feinwerk.distributed", "torch._dynamo"]
 
 
 @dataclass
