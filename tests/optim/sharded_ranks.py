@@ -16,9 +16,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from feinwerk.optim import AdamW, Disagreement, GradScaler, ShardedAdamW, ShardingError
+from feinwerk.optim.collectives import Collectives
 from tests.optim.sharded_cases import (
     average,
     backward,
+    compare_with_plain,
     differences,
     gradient,
     parameters,
@@ -370,9 +372,33 @@ def _error(action: Callable[[], Any]) -> Exception | None:
     return None
 
 
+def other_backends(rank: int, world_size: int) -> None:
+    """Reduce-scatter and all-gather of the backend, as for NCCL, tried on gloo's."""
+    original = Collectives.exchanges
+    Collectives.exchanges = lambda self, device_type: False  # type: ignore[method-assign]
+    try:
+        for stage in (1, 2):
+            for bucket_mb in (0.001, 25):
+                # A sum of two has one order.
+                options = {"stage": stage, "bucket_mb": bucket_mb}
+                assert not compare_with_plain(rank, world_size, options)
+                bf16: Any = {"dtype": torch.bfloat16, "same_gradients": True}
+                assert not compare_with_plain(rank, world_size, options, **bf16)
+    finally:
+        Collectives.exchanges = original  # type: ignore[method-assign]
+
+
 def behaviour(rank: int, world_size: int) -> dict[str, str]:
     """All of the above on two ranks."""
-    for check in (nonfinite, scaler, shared_layers, changing_parameters, loading, protocol):
+    for check in (
+        nonfinite,
+        scaler,
+        shared_layers,
+        changing_parameters,
+        loading,
+        other_backends,
+        protocol,
+    ):
         check(rank, world_size)
         assert gc.collect() >= 0
     return disagreements(rank, world_size)

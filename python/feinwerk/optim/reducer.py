@@ -27,7 +27,7 @@ from feinwerk.optim.buckets import Bucket, Slot
 from feinwerk.optim.collectives import Collectives, Transfer
 from feinwerk.optim.transfer_buffers import TransferBuffers
 
-_PIECE = 1 << 15  # elements
+_PIECE = 1 << 17  # elements
 
 
 class _Flying(NamedTuple):
