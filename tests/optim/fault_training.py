@@ -113,7 +113,10 @@ def arm_save(fault: Fault, fate: Callable[[], None]) -> None:
     real = getattr(os, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        # Not the writes of states on disk, nor the renaming of files within the checkpoint.
         if name == "rename" and Path(args[1]).name != f"step-{fault.step}":
+            return real(*args, **kwargs)
+        if name == "write" and ".tmp-" not in os.readlink(f"/proc/self/fd/{args[0]}"):
             return real(*args, **kwargs)
         if before == "before":
             fate()
