@@ -256,7 +256,9 @@ class ShardedAdamW(AdamW):
             clip_coef = None
             if self.max_grad_norm is not None and self.last_grad_norm is not None:
                 clip_coef = torch.tensor(clip_coefficient(self.last_grad_norm, self.max_grad_norm))
-            work.step(groups, verdict.used, clip_coef, grad_scale)
+            # On the CPU, as the states may be when the scaler is not.
+            on_cpu = None if grad_scale is None else torch.tensor(scale)
+            work.step(groups, verdict.used, clip_coef, on_cpu)
         work.gradients.clear()
         if self._collectives is not None:
             self._collectives.timeout = self.timeout
