@@ -15,7 +15,16 @@ def measured(rank: int, world_size: int, cases: list[dict[str, Any]]) -> list[di
     return [_case(world_size, **case) for case in cases]
 
 
-def _case(world_size: int, method: str, stage: int, r: int, batch: int, seq: int, **sizes: Any):
+def _case(
+    world_size: int,
+    method: str,
+    stage: int,
+    r: int,
+    batch: int,
+    seq: int,
+    bucket_mb: float,
+    **sizes: Any,
+) -> dict[str, int]:
     from feinwerk.optim import AdamW, ShardedAdamW
 
     model = memory_meter.causal_model("Llama", "full", "float32", "sdpa", r, **sizes)
@@ -26,7 +35,7 @@ def _case(world_size: int, method: str, stage: int, r: int, batch: int, seq: int
         _fully_shard(model, world_size)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if stage in (1, 2):
-        optimizer: Any = ShardedAdamW(trained, stage=stage, bucket_mb=0.25)
+        optimizer: Any = ShardedAdamW(trained, stage=stage, bucket_mb=bucket_mb)
     else:
         optimizer = AdamW(trained)
     if stage == 0:

@@ -16,6 +16,7 @@ from feinwerk.plan.architecture import Architecture
 from feinwerk.plan.resident import Transfers
 from feinwerk.plan.saved import FP32
 from feinwerk.plan.settings import Settings
+from feinwerk.plan.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Moment:
         temporaries: gradients of activations, and gradients that are still to be added up.
         gathered: weights that are whole with stage 3.
         sent: gradients that stage 3 is reducing.
+        workspace: of kernels that is not kept.
     """
 
     name: str
@@ -39,12 +41,13 @@ class Moment:
     temporaries: int = 0
     gathered: int = 0
     sent: int = 0
+    workspace: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
         kept = self.activations + self.loss + self.gradients
-        return kept + self.temporaries + self.gathered + self.sent
+        return kept + self.temporaries + self.gathered + self.sent + self.workspace
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,9 @@ def temporaries(layer: saved.Walk) -> int:
     return stream + max(mlp, layer.before_mlp + attention - layer.total)
 
 
-def moments(model: Architecture, settings: Settings, transfers: Transfers) -> list[Moment]:
+def moments(
+    model: Architecture, settings: Settings, transfers: Transfers, workspace: Workspace
+) -> list[Moment]:
     """Return the moments among which the peak is."""
     kept = activations(model, settings)
     behind, logits = saved.head(model, settings), settings.tokens * model.vocab_size
@@ -114,22 +119,25 @@ def moments(model: Architecture, settings: Settings, transfers: Transfers) -> li
     becomes = table if settings.stage < 2 and not settings.accumulate else 0
     root, whole = transfers.root, transfers.root + 3 * transfers.layer
     return [
-        Moment("forward of the last layer", kept.kept, gradients=before, gathered=whole),
+        Moment(
+            "forward of the last layer", kept.kept, gradients=before, gathered=whole,
+            workspace=workspace.layer,
+        ),
         Moment("loss", kept.kept, loss, before, gathered=root),
         Moment(
             "backward of the last layer", kept.kept + kept.recomputed,
             gradients=max(before, sizes.head), temporaries=table + kept.temporaries,
-            gathered=whole, sent=transfers.reduced,
+            gathered=whole, workspace=workspace.layer,
         ),
         Moment(
             "backward of the first layer", kept.first,
             gradients=max(before, sizes.total - sizes.layer - sizes.embedding),
-            temporaries=table + kept.temporaries, sent=transfers.reduced,
+            temporaries=table + kept.temporaries, sent=transfers.reduced, workspace=workspace.layer,
             gathered=root + 2 * transfers.layer,  # none comes in any more
         ),
         Moment(
             "gradient of the embedding", gradients=sizes.total, temporaries=3 * table - becomes,
             gathered=root, sent=transfers.reduced_root,
         ),
-        Moment("optimizer step", gradients=sizes.total),
+        Moment("optimizer step", gradients=sizes.total, workspace=workspace.step),
     ]  # fmt: skip

@@ -224,7 +224,8 @@ def plan(
 def predict(model: Architecture, settings: Settings) -> Plan:
     """Return the plan of checked settings."""
     transfers = resident.transfers(model, settings)
-    found = moments.moments(model, settings, transfers)
+    space = workspace(model, settings)
+    found = moments.moments(model, settings, transfers, space)
     highest = max(found, key=lambda moment: moment.total)
     trained = sum(tensor.numel for tensor in resident.trained_tensors(model, settings))
 
@@ -248,7 +249,7 @@ def predict(model: Architecture, settings: Settings) -> Plan:
         passing("activations", "activations", f"{settings.tokens:,} tokens"),
         passing("logits and loss", "loss", f"vocabulary {model.vocab_size:,}"),
         passing("temporaries", "temporaries", "of the backward of one layer"),
-        always("workspace", workspace(model, settings), "of the kernels"),
+        passing("workspace", "workspace", "of the kernels", space.kept),
         passing("buckets", "sent", "sent and received", transfers.buffers),
         passing("gathered weights", "gathered", "whole while used"),
     ]

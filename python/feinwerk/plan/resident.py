@@ -97,6 +97,18 @@ def rows_held(rows: int, settings: Settings) -> int:
     return -(-rows // settings.world_size) if settings.stage == 3 else rows
 
 
+def local_rows(rows: int, settings: Settings) -> int:
+    """Rows of a parameter that a rank steps: all of them, or with sharding its own."""
+    if settings.stage == 0:
+        return rows
+    return row_range(rows, settings.world_size, settings.rank)[1]
+
+
+def local_numel(tensor: Tensor, settings: Settings) -> int:
+    """Elements of a parameter that a rank steps."""
+    return local_rows(tensor.shape[0], settings) * math.prod(tensor.shape[1:])
+
+
 def nf4_bytes(N: int, K: int, settings: Settings, *, rows: int | None = None) -> int:
     """Bytes of an NF4 weight: codes, absmax, and the nested tables of double quantization.
 
@@ -154,9 +166,7 @@ def states(model: Architecture, settings: Settings) -> int:
     shapes = Counter(tensor.shape for tensor in trained_tensors(model, settings))
     total = 0
     for shape, count in shapes.items():
-        rows = shape[0]
-        if settings.stage > 0:
-            rows = row_range(rows, settings.world_size, settings.rank)[1]
+        rows = local_rows(shape[0], settings)
         local = torch.empty((rows, *shape[1:]), dtype=dtype, device="meta")
         state = new_state(local, shape, settings.group)
         total += count * sum(tensor.nbytes for tensor in state.values())
@@ -213,7 +223,7 @@ class Transfers:
             backward: all but the layers.
         layer: with stage 3, one whole layer. While it is used, the next one comes in: the buffer
             that both went through, and the weights that are taken out of it.
-        reduced: with stage 3, gradients of a layer on their way to the ranks of their rows.
+        reduced: with stage 3, gradients of the layer before on their way to the ranks.
         reduced_root: likewise, of the rest of the model.
     """
 
@@ -238,21 +248,21 @@ def transfers(model: Architecture, settings: Settings) -> Transfers:
     kinds, sizes = [0] * len(shapes), [size] * len(shapes)
     buckets = make_buckets(shapes, kinds, sizes, settings.world_size, capacity)
     sections = [bucket.section * size for bucket in buckets]
-    # gloo receives the sections of all ranks and adds them up; NCCL returns their sum.
-    received = settings.world_size if settings.device == "cpu" else 1
-    sent = settings.world_size + received
-    limit = _BUCKETS_UNDER_WAY * capacity
-    under_way = min(sum(sections) * sent, max(2 * limit, max(sections) * sent))
-    # As much may be in stock: buffers of other sizes, for other buckets.
-    buffers = min(sum(sections) * sent, under_way + 2 * limit) + max(sections)
+    N = settings.world_size
+    # Sections that a bucket takes: N to be reduced, and what arrives; then own rows out and the
+    # others' in, partly in the same buffers. gloo gets the others' parts, NCCL their sum.
+    each = 3 * N - 2 if settings.device == "cpu" else N + 1
+    most, limit = sum(sections) * each, _BUCKETS_UNDER_WAY * capacity
+    under_way = max(limit * each // N, max(sections) * each)
+    # As much again may be in stock: buffers of other sizes, for other buckets.
+    buffers = min(most, under_way + 2 * limit)
     return Transfers(sums=sum(bucket.section for bucket in buckets) * FP32, buffers=buffers)
 
 
 def _fully_sharded(model: Architecture, settings: Settings) -> Transfers:
     """Stage 3: fully_shard over every layer, and over the model, which holds what is left.
 
-    Gradients of one layer are whole while they are reduced, beside the buffer that they are sent
-    from.
+    The buffer that a layer's gradients are sent from lives until the next layer's are sent.
     """
     size = DTYPES[settings.adapter_dtype]
     own = sum(weight_bytes(t, settings, whole=True) for t in layer_tensors(model, 0))
@@ -260,6 +270,6 @@ def _fully_sharded(model: Architecture, settings: Settings) -> Transfers:
     outside = [t for t in dense_tensors(model) if t.layer is None]
     root = sum(weight_bytes(t, settings, whole=True) for t in outside)
     return Transfers(
-        root=root, layer=own + added, reduced=2 * (added if settings.adapted else own),
+        root=root, layer=own + added, reduced=added if settings.adapted else own,
         reduced_root=0 if settings.adapted else root,
     )  # fmt: skip

@@ -119,6 +119,7 @@ def check(settings: Settings, model: Architecture) -> None:
     rules: list[tuple[str, str, Callable[[Any], bool]]] = [
         ("dropout", "be at least 0 and below 1", lambda p: 0 <= p < 1),
         ("bucket_mb", "be above 0", lambda mb: mb > 0),
+        ("stage", "be 0 for one rank", lambda n: n == 0 or settings.world_size > 1),
         ("rank", f"be below world_size = {settings.world_size}", lambda n: n < settings.world_size),
     ]
     for name, rule, holds in rules:

@@ -51,12 +51,11 @@ def show(size: float) -> str:
         >>> show(5_340_000_000), show(999), show(0)
         ('5.34 GB', '999 B', '0 B')
     """
-    unit, value = "B", float(size)
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if abs(value) < 999.5 or unit == "TB":
-            break
-        value /= 1000
-    if unit == "B":
+    power = 0
+    while power < 4 and abs(size) >= 999.5 * 1000**power:
+        power += 1
+    value = size / 1000**power
+    if power == 0:
         return f"{value:.0f} B"
-    digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
-    return f"{value:.{digits}f} {unit}"
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{digits}f} {'KMGT'[power - 1]}B"
