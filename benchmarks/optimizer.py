@@ -227,13 +227,13 @@ def held_lines(held: dict[str, float]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measure, store, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="8 M parameters only")
     parser.add_argument("--steps", type=int, help="print the records of one number of threads")
     parser.add_argument("--page", action="store_true", help="only write the page anew")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     sizes = ["8 M"] if options.quick else list(SIZES)
     if options.steps:
         print(json.dumps(steps(options.steps, sizes)))
