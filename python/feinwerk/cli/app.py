@@ -157,6 +157,75 @@ def quickstart(
     display.result(sentence)
 
 
+@app.command()
+def plan(
+    context: typer.Context,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A known model, such as 'smollm2-135m', 'llama-3.2-1b', 'llama-3-8b', "
+            "'mistral-7b', 'phi-3-mini' or 'qwen2.5-7b'; or a config.json, or its folder."
+        ),
+    ],
+    method: Annotated[
+        str, typer.Option(help="full, lora, rslora, dora, qlora or qdora.")
+    ] = "qlora",
+    r: Annotated[int, typer.Option("--r", help="Rank of the adapters.")] = 16,
+    targets: Annotated[
+        str, typer.Option(help="Linears with an adapter: 'all-linear', or names parted by commas.")
+    ] = "all-linear",
+    batch: Annotated[int, typer.Option(help="Sequences of a step on one rank.")] = 1,
+    seq: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    world_size: Annotated[int, typer.Option(help="Number of ranks.")] = 1,
+    stage: Annotated[
+        int | None,
+        typer.Option(
+            help="0 replicates all, 1 shards states, 2 gradients too, 3 weights too.",
+            show_default="0 for one rank, else 2",
+        ),
+    ] = None,
+    rank: Annotated[int, typer.Option(help="The rank to plan for; 0 has the most rows.")] = 0,
+    state_bits: Annotated[int, typer.Option(help="Bits of AdamW's moments: 8, 16 or 32.")] = 8,
+    bf16_params: Annotated[
+        str, typer.Option(help="Trained bf16 parameters: 'remainder' or 'stochastic'.")
+    ] = "remainder",
+    dtype: Annotated[
+        str, typer.Option(help="Of dense weights and activations: 'bfloat16' or 'float32'.")
+    ] = "bfloat16",
+    adapter_dtype: Annotated[str, typer.Option(help="Of the adapters.")] = "float32",
+    nf4_blocksize: Annotated[int, typer.Option(help="Weights per NF4 scale, 32 to 4096.")] = 64,
+    double_quant: Annotated[
+        bool, typer.Option(help="Quantize the NF4 scales to 8 bits as well.")
+    ] = True,
+    attention: Annotated[str, typer.Option(help="'sdpa' or 'eager'.")] = "sdpa",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute layers in the backward.")
+    ] = False,
+    accumulate: Annotated[
+        bool, typer.Option("--accumulate", help="Gradients of earlier batches are there already.")
+    ] = False,
+    dropout: Annotated[float, typer.Option(help="Of the adapters.")] = 0.0,
+    bucket_mb: Annotated[float, typer.Option(help="Megabytes that are sent together.")] = 25.0,
+    device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
+    memory: Annotated[
+        str | None, typer.Option(help="Of one device, such as 24GB: says what fits into it.")
+    ] = None,
+    reserve: Annotated[
+        str | None,
+        typer.Option(help="Of it, not for tensors.", show_default="5 % of --memory"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Predict the memory of a fine-tune on each rank, and what fits; nothing is loaded.
+
+    Exit status: 0 done, whether it fits or not; 2 wrong use.
+    """
+    from feinwerk.cli import planning
+
+    options = {name: value for name, value in context.params.items() if name != "as_json"}
+    planning.run(options, as_json=as_json)
+
+
 def _given(context: typer.Context) -> dict[str, Any]:
     """Return the settings that were typed by the user, not filled in."""
     return {
