@@ -14,22 +14,9 @@ from feinwerk.cli import main
 from feinwerk.plan.sizes import show
 
 ISSUE = [
-    "plan",
-    "--model",
-    "llama-3.2-1b",
-    "--method",
-    "qdora",
-    "--r",
-    "16",
-    "--world-size",
-    "2",
-    "--state-bits",
-    "8",
-    "--seq",
-    "2048",
-    "--batch",
-    "4",
-]
+    "plan", "--model", "llama-3.2-1b", "--method", "qdora", "--r", "16", "--world-size", "2",
+    "--state-bits", "8", "--seq", "2048", "--batch", "4",
+]  # fmt: skip
 SETTINGS = {"method": "qdora", "r": 16, "world_size": 2, "state_bits": 8, "seq": 2048, "batch": 4}
 
 

@@ -190,7 +190,7 @@ def plan(
     Example:
         >>> found = plan("llama-3-8b", method="qdora", seq=2048, batch=4, memory="24GB")
         >>> found.fit.fits, found.fit.batch
-        (False, 1)
+        (False, 0)
     """
     if stage is None:
         stage = 0 if world_size == 1 else 2
