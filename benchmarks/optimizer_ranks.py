@@ -111,7 +111,8 @@ def check(losses: dict[str, list[float]]) -> None:
     want = losses["DDP + torch fused AdamW"]
     for name, got in losses.items():
         for step, (mine, theirs) in enumerate(zip(got, want, strict=True)):
-            if not abs(mine - theirs) <= 0.02 * abs(theirs):
+            # Of the first loss, where training has brought it to nothing.
+            if not abs(mine - theirs) <= 0.02 * max(theirs, 1e-3 * want[0]):
                 raise AssertionError(f"{name}: loss {mine} at step {step}, DDP has {theirs}")
 
 
