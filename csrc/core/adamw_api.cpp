@@ -84,32 +84,21 @@ feinwerk_status feinwerk_adamw_step(const feinwerk_adamw_step_args* arguments,
   return guarded([&] {
     const auto& args = required(kOp, arguments);
     check_options(args);
-    struct Work {
-      AdamwScalars scalars;
-      int64_t pieces, grain, first_unit;
-    };
-    std::vector<Work> work;
-    int64_t units = 0;
+    ItemRanges ranges;
+    std::vector<AdamwScalars> scalars;
     for (int64_t i = 0; i < args.tensor_count; ++i) {
       const auto& tensor = args.tensors[i];
       const int64_t pieces = check_tensor(args, tensor);
       const int64_t elements = args.state == FEINWERK_STATE_DYNAMIC8
                                    ? std::min(args.blocksize, std::max<int64_t>(1, tensor.cols))
                                    : 1;
-      const int64_t grain = std::max<int64_t>(1, kUnitElements / elements);
-      work.push_back({scalars_of(args, tensor.step), pieces, grain, units});
-      units += ceil_div(pieces, grain);
+      ranges.add(pieces, std::max<int64_t>(1, kUnitElements / elements));
+      scalars.push_back(scalars_of(args, tensor.step));
     }
     const KernelTable& table = active_table();
     const DynamicMap(&maps)[2] = dynamic_maps();
-    for_each_unit(executor, units, [&](int64_t unit, int64_t) {
-      const auto after =
-          std::upper_bound(work.begin(), work.end(), unit,
-                           [](int64_t wanted, const Work& w) { return wanted < w.first_unit; });
-      const Work& w = *(after - 1);
-      const int64_t begin = (unit - w.first_unit) * w.grain;
-      table.adamw_step(args, args.tensors[after - 1 - work.begin()], w.scalars, maps, begin,
-                       std::min(w.pieces, begin + w.grain));
+    ranges.for_each(executor, [&](int64_t i, int64_t begin, int64_t end) {
+      table.adamw_step(args, args.tensors[i], scalars[static_cast<size_t>(i)], maps, begin, end);
     });
   });
 }

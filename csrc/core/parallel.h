@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "feinwerk/feinwerk.h"
 
@@ -48,6 +49,36 @@ void for_each_range(const feinwerk_executor* executor, int64_t count, int64_t gr
     body(unit * grain, std::min(count, (unit + 1) * grain));
   });
 }
+
+// The same over a list whose items have counts and grains of their own: their pieces are numbered
+// through, so that small items run side by side and a large one on several threads.
+class ItemRanges {
+ public:
+  void add(int64_t count, int64_t grain) {
+    items_.push_back({count, grain, units_});
+    units_ += (count + grain - 1) / grain;
+  }
+
+  // Calls body(item, begin, end).
+  template <class Body>
+  void for_each(const feinwerk_executor* executor, const Body& body) const {
+    for_each_unit(executor, units_, [&](int64_t unit, int64_t) {
+      const auto after = std::upper_bound(
+          items_.begin(), items_.end(), unit,
+          [](int64_t wanted, const Item& item) { return wanted < item.first_unit; });
+      const Item& item = *(after - 1);
+      const int64_t begin = (unit - item.first_unit) * item.grain;
+      body(after - 1 - items_.begin(), begin, std::min(item.count, begin + item.grain));
+    });
+  }
+
+ private:
+  struct Item {
+    int64_t count, grain, first_unit;
+  };
+  std::vector<Item> items_;
+  int64_t units_ = 0;
+};
 
 }  // namespace feinwerk
 

@@ -271,7 +271,6 @@ void adamw_step(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tenso
                 int64_t end) {
   if (args.state != FEINWERK_STATE_DYNAMIC8) return step_plain(args, tensor, scalars, begin, end);
   const Coded coded = {args, tensor, maps, lanes_of(scalars)};
-  const int64_t blocks_a_row = 1 + (tensor.cols - 1) / args.blocksize;
   Run run = {};
   const auto step_blocks = [&] {
     if (!run.blocks) return;
@@ -282,10 +281,7 @@ void adamw_step(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tenso
     run.blocks = 0;
   };
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t row = block / blocks_a_row;
-    const int64_t column = (block - row * blocks_a_row) * args.blocksize;
-    const int64_t first = row * tensor.cols + column;
-    const int64_t last = first + min64(args.blocksize, tensor.cols - column);
+    const auto [first, last] = row_block(tensor.cols, args.blocksize, block);
     float* const absmax = tensor.exp_avg_absmax + block;
     float* const absmax_sq = tensor.exp_avg_sq_absmax + block;
     // Blocks of a short run are no longer than its first.

@@ -27,21 +27,10 @@ inline uint8_t code_by_distance(float s, const float* codebook) {
   return static_cast<uint8_t>(code);
 }
 
-// The elements [first, last) of a block, which does not cross a row; without rows all is one.
-//
-//   row 0   | block 0 | block 1 | 2 |        blocksize elements each, the last one what is left
-//   row 1   | block 3 | block 4 | 5 |
-struct Block {
-  int64_t first, last;
-};
+// A block of the arguments; without rows all of it is one.
 template <class Args>
-inline Block block_of(const Args& args, int64_t block) {
-  const int64_t length = args.row_length ? args.row_length : args.count;
-  const int64_t blocks_a_row = 1 + (length - 1) / args.blocksize;
-  const int64_t row = block / blocks_a_row;
-  const int64_t column = (block - row * blocks_a_row) * args.blocksize;
-  const int64_t first = row * length + column;
-  return {first, first + min64(args.blocksize, length - column)};
+inline RowBlock block_of(const Args& args, int64_t block) {
+  return row_block(args.row_length ? args.row_length : args.count, args.blocksize, block);
 }
 
 }  // namespace

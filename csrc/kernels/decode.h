@@ -13,6 +13,21 @@ inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
+// The elements [first, last) of a block of rows of `length` elements, which it does not cross.
+//
+//   row 0   | block 0 | block 1 | 2 |        blocksize elements each, the last one what is left
+//   row 1   | block 3 | block 4 | 5 |
+struct RowBlock {
+  int64_t first, last;
+};
+inline RowBlock row_block(int64_t length, int64_t blocksize, int64_t block) {
+  const int64_t blocks_a_row = 1 + (length - 1) / blocksize;
+  const int64_t row = block / blocks_a_row;
+  const int64_t column = (block - row * blocks_a_row) * blocksize;
+  const int64_t first = row * length + column;
+  return {first, first + min64(blocksize, length - column)};
+}
+
 // How elements of a dtype are read, written and rounded. `Element` is the type in memory.
 struct Float32 {
   using Element = float;
