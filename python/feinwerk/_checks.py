@@ -5,6 +5,8 @@ Nothing here reads tensor values, so that fakes, real tensors and symbolic sizes
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -54,6 +56,16 @@ def layout(op: str, value: str) -> None:
     """Reject an unknown layout of blocks."""
     if value not in ("flat", "rows"):
         reject(ValueError, op, "layout", 'be "flat" or "rows"', repr(value))
+
+
+def rows_of(shape: Sequence[int], layout: str = "rows") -> tuple[int, int]:
+    """Return (rows, elements a row) that blocks do not cross.
+
+    Rows lie along dimension 0; a vector, a number, and all in layout "flat", is one row.
+    """
+    if layout != "rows" or len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
 
 
 def positive(op: str, name: str, value: int) -> None:

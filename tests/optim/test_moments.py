@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from feinwerk._checks import rows_of
 from feinwerk.codebook import dynamic_map
 from feinwerk.ops import adamw_step
 from feinwerk.optim.moments import dequantize_moment, quantize_moment
-from feinwerk.optim.state import rows_of
 from feinwerk.testing import assert_same_bits
 
 SHAPES = [(7,), (1000,), (5, 300), (3, 4, 5), (4, 256), (0,), (0, 8), (3, 0), ()]

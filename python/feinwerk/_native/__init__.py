@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from feinwerk._checks import rows_of
+
 try:
     from feinwerk import _C as _C
 except ImportError as error:
@@ -285,19 +287,13 @@ def nf4_embedding(
     return out
 
 
-def _rows(x: Tensor, layout: str) -> tuple[int, int]:
-    """(rows, elements a row) that blocks do not cross; all is one row but in layout "rows"."""
-    rows = x.shape[0] if layout == "rows" and x.dim() > 1 else 1
-    return rows, x.numel() // rows
-
-
 def blockwise_quantize(
     x: Tensor, codebook: Tensor, blocksize: int, center: bool, rule: str, layout: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """8-bit codes of x, absmax per block, and the mean that was subtracted (0 without center)."""
     x, codebook = x.contiguous(), codebook.contiguous()
     codes = _empty(x.shape, torch.uint8)
-    rows, row_length = _rows(x, layout)
+    rows, row_length = rows_of(x.shape, layout)
     blocks = -(-row_length // blocksize)
     absmax = _empty((rows, blocks) if layout == "rows" else blocks, torch.float32)
     offset = _empty((), torch.float32)
@@ -333,7 +329,7 @@ def blockwise_dequantize(
         codes.data_ptr(),
         codes.numel(),
         blocksize,
-        _rows(codes, layout)[1],
+        rows_of(codes.shape, layout)[1],
         codebook.data_ptr(),
         absmax.data_ptr(),
         absmax.numel(),

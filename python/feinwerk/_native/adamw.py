@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from feinwerk import _native
+from feinwerk._checks import rows_of
 
 _STATES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 _FLOAT32, _REMAINDER, _STOCHASTIC = 0, 1, 2
@@ -25,15 +26,20 @@ def adamw_step(
     steps: Sequence[int],
     parameter_ids: Sequence[int],
     first_elements: Sequence[int],
-    seed: Tensor | None,
-    clip_coef: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    scalars: tuple[float, float, float, float, float],
-    blocksize: int,
-    maximize: bool,
+    seed: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    blocksize: int = 256,
+    maximize: bool = False,
 ) -> None:
-    """One step in place; `scalars` are lr, beta1, beta2, eps, weight_decay."""
+    """One step in place."""
     if not params or (found_inf is not None and found_inf.item() != 0):
         return
     factor = torch.tensor(-1.0 if maximize else 1.0, dtype=torch.float32, device="cpu")
@@ -45,7 +51,7 @@ def adamw_step(
     grads = [grad.contiguous() for grad in grads]
     tensors: list[tuple[int, ...]] = []
     for i, param in enumerate(params):
-        rows = param.shape[0] if param.dim() > 1 else 1
+        rows, cols = rows_of(param.shape)
         absmax = (
             (
                 exp_avg_absmaxes[i].data_ptr(),
@@ -64,7 +70,7 @@ def adamw_step(
                 exp_avg_sqs[i].data_ptr(),
                 *absmax,
                 rows,
-                param.numel() // rows if rows else 0,
+                cols,
                 steps[i],
                 parameter_ids[i],
                 first_elements[i],
@@ -80,7 +86,11 @@ def adamw_step(
         _native._DTYPES[grads[0].dtype],
         _STATES[exp_avgs[0].dtype],
         blocksize,
-        *scalars,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
         float(factor),
         key,
         torch.get_num_threads(),

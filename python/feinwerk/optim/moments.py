@@ -7,7 +7,7 @@ import torch
 from feinwerk import _checks
 from feinwerk.codebook import dynamic_map
 from feinwerk.ops import blockwise_dequantize, blockwise_quantize
-from feinwerk.optim.state import MOMENTS, rows_of
+from feinwerk.optim.state import MOMENTS
 
 _SMALLEST_NORMAL = 2.0**-126
 
@@ -45,7 +45,7 @@ def quantize_moment(
     """
     signed = _is_signed("quantize_moment", name)
     _checks.positive("quantize_moment", "blocksize", blocksize)
-    rows, row = rows_of(values.shape)
+    rows, row = _checks.rows_of(values.shape)
     blocks = -(-row // blocksize)
     if values.numel() == 0:
         empty = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)

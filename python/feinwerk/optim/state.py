@@ -74,13 +74,6 @@ def is_quantized(global_shape: Shape, group: Group) -> bool:
     return len(global_shape) >= 2 and math.prod(global_shape) >= group["min_quantized_numel"]
 
 
-def rows_of(shape: Shape) -> tuple[int, int]:
-    """Return (rows, elements a row) as blocks see a shape; a vector or a number is one row."""
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    return shape[0], math.prod(shape[1:])
-
-
 def global_shape_of_state(name: str, param_shape: Shape, group: Group) -> tuple[int, ...]:
     """Return the unsharded shape of one tensor of a state.
 
@@ -96,7 +89,7 @@ def global_shape_of_state(name: str, param_shape: Shape, group: Group) -> tuple[
     if name == "step":
         return ()
     if name.endswith("_absmax"):
-        rows, row = rows_of(param_shape)
+        rows, row = _checks.rows_of(param_shape)
         return rows, -(-row // group["blocksize"])
     if name == "param_remainder":
         # The two bytes of an int16, low byte first: neither gloo nor NCCL can send int16.
@@ -179,7 +172,7 @@ def wrap_state(state: State, mesh: Any, placements: Sequence[Any], global_shape:
             continue
         shape = torch.Size(global_shape)
         if name.endswith("_absmax"):
-            shape = torch.Size((rows_of(global_shape)[0], *local.shape[1:]))
+            shape = torch.Size((_checks.rows_of(global_shape)[0], *local.shape[1:]))
         elif name == "param_remainder":
             shape = torch.Size((*global_shape, 2))
         # The shape cannot be told from one rank's rows: shards may be uneven or empty.

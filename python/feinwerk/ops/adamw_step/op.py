@@ -71,7 +71,7 @@ def _check(
     for i in range(count):
         _one(i, params, grads, exp_avgs, exp_avg_sqs, len(remainders) > 0, seed is not None)
         if quantized:
-            rows, cols = _rows(params[i])
+            rows, cols = _checks.rows_of(params[i].shape)
             blocks = rows * -(-cols // blocksize)
             for name, tensor in (
                 ("exp_avg_absmaxes", exp_avg_absmaxes[i]),
@@ -151,14 +151,6 @@ def _one(
         if not tensor.is_contiguous():
             got = f"strides {tuple(tensor.stride())}"
             _checks.reject(ValueError, op, f"{name}[{i}]", "be contiguous", got)
-
-
-def _rows(x: torch.Tensor) -> tuple[int, int]:
-    """Rows and elements a row; a vector or a number is one row."""
-    if x.dim() < 2:
-        return 1, x.numel()
-    rows = x.shape[0]
-    return rows, x.numel() // rows if rows else 0
 
 
 def _fake(*args: object, **kwargs: object) -> None:

@@ -25,8 +25,8 @@ def _check(
         _checks.reject(ValueError, op, "codes", "have at least one element", tuple(codes.shape))
     _checks.positive(op, "blocksize", blocksize)
     _checks.layout(op, layout)
-    rows = codes.shape[0] if layout == "rows" and codes.dim() > 1 else 1
-    blocks = rows * ((codes.numel() // rows + blocksize - 1) // blocksize)
+    rows, length = _checks.rows_of(codes.shape, layout)
+    blocks = rows * ((length + blocksize - 1) // blocksize)
     _checks.buffer(op, "absmax", absmax, torch.float32, blocks, codes.device)
     _checks.buffer(op, "codebook", codebook, torch.float32, 256, codes.device)
     if offset is not None:

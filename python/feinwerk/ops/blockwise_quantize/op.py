@@ -39,8 +39,8 @@ def _fake(
     rule: str = "cpu",
     layout: str = "flat",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows = x.shape[0] if layout == "rows" and x.dim() > 1 else 1
-    blocks = (x.numel() // rows + blocksize - 1) // blocksize
+    rows, length = _checks.rows_of(x.shape, layout)
+    blocks = (length + blocksize - 1) // blocksize
     shape = (rows, blocks) if layout == "rows" else (blocks,)
     return (
         torch.empty(x.shape, dtype=torch.uint8, device=x.device),
