@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from feinwerk.distributed import shard_nf4, verify_replicas
-from feinwerk.distributed.replicas import hash_bytes
 from feinwerk.optim.errors import Disagreement
+from feinwerk.optim.tensor_hash import hash_bytes
 from tests.distributed.sharded_models import (
     adapted_model,
     base_model,
@@ -160,7 +160,7 @@ def test_the_hash_is_of_bytes_in_slabs_of_any_layout(monkeypatch: pytest.MonkeyP
     assert hash_bytes(values.view(torch.uint8)) == expected
     offset = torch.cat([torch.zeros(3, dtype=torch.uint8), values.view(torch.uint8).reshape(-1)])
     assert hash_bytes(offset[3:]) == expected
-    monkeypatch.setattr("feinwerk.distributed.replicas._SLAB", 64)
+    monkeypatch.setattr("feinwerk.optim.tensor_hash._SLAB", 64)
     assert hash_bytes(values) == expected
     assert hash_bytes(torch.zeros(0)) == 0
     assert hash_bytes(torch.tensor(True)) != hash_bytes(torch.tensor(False))

@@ -25,12 +25,6 @@ def facts_fingerprint(facts: Facts) -> int:
     return int.from_bytes(digest, "little") >> 2
 
 
-def tensor_fingerprint(tensor: torch.Tensor) -> str:
-    """A hash of a tensor's bytes, 32 hexadecimal digits."""
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data.data, digest_size=16).hexdigest()
-
-
 def same_everywhere(highest: int, highest_negative: int) -> bool:
     """Whether a number was the same on all ranks, by the maxima of it and of its negative."""
     return highest == -highest_negative

@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 
 from feinwerk import _checks
 from feinwerk.optim.adamw import AdamW
-from feinwerk.optim.agreement import Facts, agree, tensor_fingerprint
+from feinwerk.optim.agreement import Facts, agree
 from feinwerk.optim.collectives import Collectives, reached
 from feinwerk.optim.gradient_hooks import GradientHooks
 from feinwerk.optim.gradient_norm import clip_coefficient
@@ -25,6 +25,7 @@ from feinwerk.optim.row_shards import Offload, RowShards
 from feinwerk.optim.sharded_layout import hyper_parameters, layout_facts, signature, step_facts
 from feinwerk.optim.sharded_step import ShardedStep, StepOptions
 from feinwerk.optim.state import State
+from feinwerk.optim.tensor_hash import hash_bytes
 
 _OP = "ShardedAdamW"
 
@@ -291,7 +292,7 @@ class ShardedAdamW(AdamW):
         params = [param for _, param, _ in self._parameters()]
         names = (parameter_name(self.param_groups, i) for i in range(len(params)))
         facts = [
-            (f"bytes of {name}", f"hash {tensor_fingerprint(param)}")
+            (f"bytes of {name}", f"hash {hash_bytes(param):016x}")
             for name, param in zip(names, params, strict=True)
         ]
         agree(collectives, f"{_OP}.verify_replicas", facts, "verify replicas")
