@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from feinwerk import _checks
-from feinwerk.plan import moments, resident
 from feinwerk.plan.architecture import OP, Architecture, architecture
 from feinwerk.plan.fit import Fit, find_fit
 from feinwerk.plan.settings import ALL_LINEAR, Settings, check
 from feinwerk.plan.sizes import parse
 from feinwerk.plan.table import text_table
-from feinwerk.plan.workspace import workspace
 
 RESERVED_SHARE = 0.05
 
@@ -223,6 +221,10 @@ def plan(
 
 def predict(model: Architecture, settings: Settings) -> Plan:
     """Return the plan of checked settings."""
+    # Here, because they bring the optimizers along, which `import feinwerk` does without.
+    from feinwerk.plan import moments, resident
+    from feinwerk.plan.workspace import workspace
+
     transfers = resident.transfers(model, settings)
     space = workspace(model, settings)
     found = moments.moments(model, settings, transfers, space)
