@@ -46,6 +46,18 @@ def bytes_sent() -> int:
     return total
 
 
+def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of the moments that this rank holds."""
+    from feinwerk.optim.state import to_local
+
+    return sum(
+        to_local(value).nbytes
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if name.startswith("exp_avg")
+    )
+
+
 def stack() -> torch.nn.Module:
     """Eight layers of 1024 x 1024, the same on every rank."""
     torch.manual_seed(0)
@@ -119,7 +131,6 @@ def check(losses: dict[str, list[float]]) -> None:
 def held(rank: int, world_size: int, _rounds: int) -> dict[str, float]:
     """Bytes of moments, the most of any rank, as a share of unsharded fp32: 8 a parameter."""
     from feinwerk.optim import ShardedAdamW
-    from feinwerk.optim.state import to_local
 
     torch.set_num_threads(1)
     shares = {}
@@ -129,13 +140,7 @@ def held(rank: int, world_size: int, _rounds: int) -> dict[str, float]:
         for param in params:
             param.grad = torch.randn(param.shape)
         optimizer.step()
-        mine = sum(
-            to_local(value).nbytes
-            for state in optimizer.state.values()
-            for key, value in state.items()
-            if key.startswith("exp_avg")
-        )
-        most = torch.tensor([mine])
+        most = torch.tensor([moment_bytes(optimizer)])
         dist.all_reduce(most, dist.ReduceOp.MAX)
         shares[name] = int(most) / (8 * sum(p.numel() for p in params))
     return shares

@@ -50,6 +50,16 @@ def spread_labels(heights: dict[str, float], gap: float) -> dict[str, float]:
     return placed
 
 
+def pyplot() -> Any:
+    """Matplotlib's pyplot, for files alone."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
 def draw(data: dict[str, Any], path: Path, threads: int = 2) -> None:
     """Write the PNG.
 
@@ -58,10 +68,7 @@ def draw(data: dict[str, Any], path: Path, threads: int = 2) -> None:
         path: where the image goes.
         threads: which measurements.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     with plt.rc_context(SETTINGS):

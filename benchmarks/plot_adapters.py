@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.bars import find
 from benchmarks.plan import PROJECTIONS
-from benchmarks.plot import GRID, INK, MUTED, SETTINGS, STYLES
+from benchmarks.plot import GRID, INK, MUTED, SETTINGS, STYLES, pyplot
 
 OURS, PEER = "feinwerk", "PEFT + bitsandbytes"
 COLOURS = {OURS: STYLES["feinwerk"][1], PEER: STYLES["bitsandbytes"][1]}
@@ -40,10 +40,7 @@ def draw(data: dict[str, Any], path: Path, threads: int = 2) -> None:
         path: where the image goes.
         threads: which measurements.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
 
     with plt.rc_context({**SETTINGS, "ytick.color": INK}):  # the layers' names
         figure, axes = plt.subplots(1, len(PANELS), figsize=(10.4, 3.6), sharey=True, dpi=160)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plot import GRID, INK, MUTED, SETTINGS, spread_labels
+from benchmarks.plot import GRID, INK, MUTED, SETTINGS, pyplot, spread_labels
 from benchmarks.report import IMAGES
 from benchmarks.report_sharding import find
 
@@ -44,10 +44,7 @@ def draw(data: dict[str, Any], path: Path | None = None) -> None:
         data: the simulation's results.
         path: where the image goes; default docs/images/sharding.png.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     with plt.rc_context(SETTINGS):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,8 @@ from torch import nn
 
 from feinwerk import distributed
 from feinwerk.optim import AdamW, ShardedAdamW
+from tests.integrations.state_digest import digest
+from tests.integrations.torchrun import report_kinds
 
 STEPS, BATCH = 3, 12
 
@@ -23,17 +21,6 @@ STEPS, BATCH = 3, 12
 def make_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(70, 66), nn.GELU(), nn.Linear(66, 66), nn.Linear(66, 5))
-
-
-def digest(optimizer: torch.optim.Optimizer) -> str:
-    """Of every bit of the states, whole, in the order of the parameters."""
-    found = hashlib.sha256()
-    for parameter in optimizer.param_groups[0]["params"]:
-        for key, value in sorted(optimizer.state[parameter].items()):
-            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-            found.update(f"{key} {whole.dtype} {tuple(whole.shape)}".encode())
-            found.update(whole.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def batch_of(step: int, rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,14 +89,5 @@ def run(folder: Path, kind: str, resume: bool) -> dict[str, Any]:
     return report
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    *kinds, resume, folder, results = sys.argv[1:]
-    report = {kind: run(Path(folder), kind, resume == "resume") for kind in kinds}
-    if resume == "save":
-        report |= {f"{kind} again": run(Path(folder), kind, True) for kind in kinds}
-    Path(results, f"{os.environ['RANK']}.json").write_text(json.dumps(report))
-
-
 if __name__ == "__main__":
-    main()
+    report_kinds(run)

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 pytest.importorskip("accelerate")
 
-from tests.integrations.torchrun import run_torchrun
+from tests.integrations.torchrun import Runs, run_torchrun, saved_by_two
 
 MODULE = "tests.integrations.accelerate_run"
 KINDS = ["plain", "sharded"]
 
 
-@dataclass(frozen=True)
-class Runs:
-    """What two ranks have done, and left in a folder."""
-
-    folder: Path
-    reports: list[dict[str, Any]]
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("accelerate")
-    return Runs(folder, run_torchrun(MODULE, 2, *KINDS, "save", str(folder)))
+    return saved_by_two(MODULE, KINDS, folder)
 
 
 def test_it_trains_with_8_bit_states(two_ranks: Runs) -> None:

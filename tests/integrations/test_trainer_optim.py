@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,17 @@ pytest.importorskip("transformers")
 
 from feinwerk.distributed import CheckpointError
 from tests.integrations import trainer_run
-from tests.integrations.torchrun import run_torchrun
+from tests.integrations.torchrun import Runs, run_torchrun, saved_by_two
 
 SAVED, LAST = trainer_run.SAVED, trainer_run.LAST
 KINDS = ["plain", "sharded"]
 MODULE = "tests.integrations.trainer_run"
 
 
-@dataclass(frozen=True)
-class Runs:
-    """What two ranks have done, and left in a folder."""
-
-    folder: Path
-    reports: list[dict[str, Any]]
-
-
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("trainer")
-    return Runs(folder, run_torchrun(MODULE, 2, *KINDS, "save", str(folder)))
+    return saved_by_two(MODULE, KINDS, folder)
 
 
 def check_weights(report: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:

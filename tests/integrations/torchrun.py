@@ -1,4 +1,4 @@
-"""run_torchrun: runs modules and scripts under torchrun, killed as a whole when they take long."""
+"""Runs modules and scripts under torchrun, killed as a whole when they take long."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -49,3 +53,29 @@ def run_torchrun(module: str, ranks: int, *args: str, timeout: float = 180) -> l
     with tempfile.TemporaryDirectory() as folder:
         torchrun(ranks, "-m", module, *args, folder, timeout=timeout)
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the ranks of a first run have done, and left in a folder."""
+
+    folder: Path
+    reports: list[dict[str, Any]]
+
+
+def saved_by_two(module: str, kinds: list[str], folder: Path) -> Runs:
+    """Two ranks train and save each kind in a folder, and resume it."""
+    return Runs(folder, run_torchrun(module, 2, *kinds, "save", str(folder)))
+
+
+def report_kinds(run: Callable[[Path, str, bool], dict[str, Any]]) -> None:
+    """What such a module does: `run(folder, kind, whether to resume)` for every kind named.
+
+    The command line is kinds, "save" or "resume", the folder of the training, that of reports.
+    """
+    torch.set_num_threads(1)
+    *kinds, resume, folder, results = sys.argv[1:]
+    report = {kind: run(Path(folder), kind, resume == "resume") for kind in kinds}
+    if resume == "save":
+        report |= {f"{kind} again": run(Path(folder), kind, True) for kind in kinds}
+    Path(results, f"{os.environ['RANK']}.json").write_text(json.dumps(report))

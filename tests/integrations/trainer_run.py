@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,8 @@ from torch.utils.data import Dataset
 
 from feinwerk.integrations.transformers import ShardedCheckpoint
 from feinwerk.optim import AdamW, ShardedAdamW
+from tests.integrations.state_digest import digest
+from tests.integrations.torchrun import report_kinds
 
 SAVED, LAST, BATCH = 3, 6, 12
 OPTIONS = {"lr": 5e-3, "betas": (0.9, 0.99)}
@@ -41,18 +40,6 @@ def make_model() -> transformers.PreTrainedModel:
     )  # fmt: skip
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config)
-
-
-def digest(optimizer: torch.optim.Optimizer) -> str:
-    """Of every bit of the states, whole, in the order of the parameters."""
-    found = hashlib.sha256()
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for key, value in sorted(optimizer.state[parameter].items()):
-                whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-                found.update(f"{key} {whole.dtype} {tuple(whole.shape)}".encode())
-                found.update(whole.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 class Watch(transformers.TrainerCallback):
@@ -120,14 +107,5 @@ def train(folder: Path, kind: str, resume: bool, checkpoints: Path | None = None
     }
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    *kinds, resume, folder, results = sys.argv[1:]
-    report = {kind: train(Path(folder), kind, resume == "resume") for kind in kinds}
-    if resume == "save":
-        report |= {f"{kind} again": train(Path(folder), kind, True) for kind in kinds}
-    Path(results, f"{os.environ['RANK']}.json").write_text(json.dumps(report))
-
-
 if __name__ == "__main__":
-    main()
+    report_kinds(train)

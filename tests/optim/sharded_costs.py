@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import socket
-import struct
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.optimizer_ranks import bytes_sent, moment_bytes
 from feinwerk.optim import ShardedAdamW
-from feinwerk.optim.state import to_local
-
-# In struct tcp_info of Linux, since 4.19: what has been sent, retransmissions included.
-_BYTES_SENT = 200
-
-
-def bytes_sent() -> int:
-    """Over all TCP connections of this process, as the kernel counts them."""
-    total = 0
-    for entry in os.listdir("/proc/self/fd"):
-        try:
-            if not os.readlink(f"/proc/self/fd/{entry}").startswith("socket:"):
-                continue
-            with contextlib.closing(socket.socket(fileno=os.dup(int(entry)))) as connection:
-                if connection.type != socket.SOCK_STREAM or connection.family == socket.AF_UNIX:
-                    continue
-                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 512)
-        except OSError:
-            continue
-        if len(info) >= _BYTES_SENT + 8:
-            total += struct.unpack_from("<Q", info, _BYTES_SENT)[0]
-    return total
-
-
-def state_bytes(optimizer: ShardedAdamW) -> int:
-    """Of the moments that this rank holds."""
-    return sum(
-        to_local(tensor).nbytes
-        for state in optimizer.state.values()
-        for name, tensor in state.items()
-        if name.startswith("exp_avg")
-    )
 
 
 def costs(rank: int, world_size: int) -> dict[str, Any]:
@@ -66,7 +31,7 @@ def costs(rank: int, world_size: int) -> dict[str, Any]:
                 sent = bytes_sent() - before
                 optimizer.zero_grad()
                 dist.barrier()
-            found[f"{name}, stage {stage}"] = (count, sent, state_bytes(optimizer))
+            found[f"{name}, stage {stage}"] = (count, sent, moment_bytes(optimizer))
             optimizer.close()
     # What the measure says of a plain all-reduce, and of nothing.
     values = torch.ones(1 << 18)
