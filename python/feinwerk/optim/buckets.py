@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -41,22 +42,22 @@ class Slot:
     offset: int
     world_size: int
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows of the whole parameter."""
         return self.shape[0] if self.shape else 1
 
-    @property
+    @cached_property
     def row(self) -> int:
         """Elements of a row."""
         return math.prod(self.shape[1:])
 
-    @property
+    @cached_property
     def each(self) -> int:
         """Rows that a section has room for."""
         return -(-self.rows // self.world_size) if self.shape else 1
 
-    @property
+    @cached_property
     def room(self) -> int:
         """Elements that a section has room for."""
         return self.each * self.row
@@ -129,7 +130,7 @@ class Slot:
                 packed = place[self._full - first_rank, : rest * self.row]
                 yield packed.view(rest, *self.shape[1:]), tensor[first_row : first_row + rest]
 
-    @property
+    @cached_property
     def _full(self) -> int:
         """How many ranks have as many rows as there is room for."""
         return self.rows // self.each if self.each else self.world_size
