@@ -10,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from feinwerk import testing
+from feinwerk import _library, testing
 
 # The same examples on every run: a failure in CI is a failure here.
 _COMMON: dict[str, Any] = {
@@ -21,6 +21,8 @@ _COMMON: dict[str, Any] = {
 }
 hypothesis.settings.register_profile("ci", max_examples=20, **_COMMON)
 hypothesis.settings.register_profile("full", max_examples=150, **_COMMON)
+# Triton's interpreter takes about a millisecond for every operation of every program.
+hypothesis.settings.register_profile("interpreter", max_examples=4, **_COMMON)
 
 # Small tensors on a busy machine: waking a second thread costs more than the work. The tests that
 # are about threads set their own number.
@@ -31,6 +33,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Take few examples in `make test`, which leaves the `full` tests out, and more elsewhere."""
     small = "not full" in config.option.markexpr
     hypothesis.settings.load_profile("ci" if small else "full")
+    if _library.interpreting():
+        from tests import triton_interpreter
+
+        triton_interpreter.mend_bf16()
+        hypothesis.settings.load_profile("interpreter")
 
 
 @pytest.fixture(params=testing.backend_ids())

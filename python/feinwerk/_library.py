@@ -2,15 +2,21 @@
 
 ```
    op.py  check, schema ── register_op ──> torch.ops.feinwerk.<op>
-                                              │ CPU                  cpp, else reference
-                                              │ CUDA and the others  reference
-                                              └ fake                 shapes and dtypes only
+                                              │ CPU         cpp, else reference
+                                              │ CUDA        triton, else reference
+                                              │ the others  reference
+                                              └ fake        shapes and dtypes only
 ```
-Every one of these entries runs the op's check first.
+Every one of these entries runs the op's check first. `triton.py` of an op is imported when the first
+CUDA tensor arrives, so that `import feinwerk` needs no Triton.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +38,7 @@ class RegisteredOp:
     name: str
     schema: str
     implementations: dict[str, Implementation]
+    triton: str
 
 
 OPS: dict[str, RegisteredOp] = {}
@@ -48,6 +55,7 @@ def register_op(
     reference: Implementation,
     cpp: Implementation,
     fake: Implementation,
+    triton: str,
 ) -> Any:
     """Define `feinwerk::<name><signature>` and register all its entries.
 
@@ -58,20 +66,33 @@ def register_op(
         reference: plain torch, any device.
         cpp: the native implementation, CPU only.
         fake: allocates the outputs and does nothing else.
+        triton: the module that holds the Triton implementation, under the op's name. It may return
+            NotImplemented for what it does not serve; the reference then runs.
 
     Returns:
         The OpOverload to call.
     """
     schema = name + signature
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    OPS[name] = RegisteredOp(name, schema, {"reference": reference, "cpp": cpp})
+    on_gpu = _lazy(triton, name, reference)
+    OPS[name] = RegisteredOp(
+        name, schema, {"reference": reference, "cpp": cpp, "triton": on_gpu}, triton
+    )
     native = cpp if _native.available() else _warning_once(reference)
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
         if _forced_backend == "reference":
             return reference(*args, **kwargs)
+        if _forced_backend == "triton":
+            return on_gpu(*args, **kwargs)
         return native(*args, **kwargs)
+
+    def on_cuda(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        if _forced_backend == "reference" or why_no_triton() is not None:
+            return reference(*args, **kwargs)
+        return on_gpu(*args, **kwargs)
 
     def elsewhere(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
@@ -82,21 +103,41 @@ def register_op(
         return fake(*args, **kwargs)
 
     _LIBRARY.impl(name, on_cpu, "CPU")
-    _LIBRARY.impl(name, elsewhere, "CUDA")
+    _LIBRARY.impl(name, on_cuda, "CUDA")
     _LIBRARY.impl(name, elsewhere, "CompositeExplicitAutograd")
     torch.library.register_fake(f"feinwerk::{name}", shapes, lib=_LIBRARY)
     return getattr(torch.ops.feinwerk, name).default
 
 
+def why_no_triton() -> str | None:
+    """Return why no Triton kernel can run on a GPU here, or None where they can."""
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels of this process, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and why_no_triton() is None
+
+
 def force_backend(name: str | None) -> None:
-    """Make the CPU entries take one backend, for the whole process; None returns to the choice."""
+    """Make the CPU entries take one backend, for the whole process; None returns to the choice.
+
+    "reference" holds for CUDA tensors as well; "triton" on CPU needs Triton's interpreter.
+    """
     global _forced_backend
-    if name not in (None, "reference", "cpp"):
-        raise ValueError(f'force_backend: name must be "reference", "cpp" or None, got {name!r}')
+    if name not in (None, "reference", "cpp", "triton"):
+        raise ValueError(
+            f'force_backend: name must be "reference", "cpp", "triton" or None, got {name!r}'
+        )
     if name == "cpp" and not _native.available():
         raise NotImplementedError(
             f"force_backend: name must be an available backend, got 'cpp': "
             f"{_native.why_unavailable()}"
+        )
+    if name == "triton" and not interpreting():
+        raise NotImplementedError(
+            "force_backend: name must be an available backend, got 'triton': on CPU it needs "
+            f"TRITON_INTERPRET=1 in the environment; {why_no_triton() or 'it is not set'}"
         )
     _forced_backend = name
 
@@ -104,6 +145,21 @@ def force_backend(name: str | None) -> None:
 def forced_backend() -> str | None:
     """Return the backend that `force_backend` chose, or None."""
     return _forced_backend
+
+
+def _lazy(module: str, name: str, reference: Implementation) -> Implementation:
+    """The Triton implementation, imported at its first call."""
+
+    @functools.cache
+    def kernel() -> Implementation:
+        found: Implementation = getattr(importlib.import_module(module), name)
+        return found
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = kernel()(*args, **kwargs)
+        return reference(*args, **kwargs) if result is NotImplemented else result
+
+    return run
 
 
 def _warning_once(reference: Implementation) -> Implementation:

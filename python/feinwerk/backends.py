@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 
 import torch
@@ -53,13 +54,18 @@ def serving(op: str, device_type: str = "cpu") -> tuple[str, str]:
         ValueError: if there is no such op.
 
     Example:
-        >>> serving("nf4_linear", "cuda")[0]
-        'reference'
+        >>> serving("nf4_linear", "mps")
+        ('reference', 'no kernel for mps')
     """
     if op not in _library.OPS:
         raise ValueError(f"serving: op must be one of {', '.join(_library.OPS)}, got {op!r}")
     if device_type == "cuda":
-        return "reference", "no Triton kernel yet, CUDA runs the reference"
+        missing = _library.why_no_triton()
+        if _library.forced_backend() == "reference":
+            return "reference", "forced by feinwerk.testing"
+        if missing is not None:
+            return "reference", missing
+        return "triton", f"Triton {importlib.metadata.version('triton')}"
     if device_type != "cpu":
         return "reference", f"no kernel for {device_type}"
     if _library.forced_backend() is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def test_every_op_is_served_and_described() -> None:
     for op in _library.OPS:
         assert op in text
         assert backends.serving(op)[0] in backends.available()
-    assert "no Triton kernel yet, CUDA runs the reference" in text
+        assert backends.serving(op, "cuda")[0] == "triton"
     assert backends.serving("nf4_linear", "mps") == ("reference", "no kernel for mps")
 
 
@@ -37,7 +38,8 @@ def test_all_ops_are_registered() -> None:
         "weight_norm",
     }
     for record in _library.OPS.values():
-        assert set(record.implementations) == {"reference", "cpp"}
+        assert set(record.implementations) == {"reference", "cpp", "triton"}
+        assert find_spec(record.triton), record.triton
 
 
 def test_forcing_a_backend_is_seen_and_undone(backend: str) -> None:

@@ -20,7 +20,6 @@ from feinwerk.ops import blockwise_quantize, nf4_dequantize, nf4_linear, nf4_qua
 from feinwerk.ops.nf4_dequantize.reference import decode_absmax
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 # (N, K): one element, odd, prime, blocks that cross rows, one panel and a little more.
 SHAPES = ((1, 1), (1, 64), (3, 17), (7, 96), (31, 97), (64, 64), (33, 130), (48, 576), (130, 320))
 
@@ -35,13 +34,17 @@ INT8_BLOCK = 64
 def backend_ids() -> list[str]:
     """Return every backend that runs here: `reference` and `cpp-<isa>`, ISAs ascending.
 
+    With TRITON_INTERPRET=1 it is `triton-interpret` alone: that wants a process of its own.
+
     Returns:
         Names for `use_backend`, also used as test ids and plot labels.
 
     Example:
-        >>> backend_ids()[0]
-        'reference'
+        >>> bool(backend_ids())
+        True
     """
+    if _library.interpreting():
+        return ["triton-interpret"]
     return ["reference", *(f"cpp-{isa}" for isa in (_native.isas() if _native.available() else []))]
 
 
@@ -68,14 +71,14 @@ def use_backend(name: str) -> Iterator[str]:
     before = _library.forced_backend()
     _library.force_backend(backend)
     try:
-        if isa:
+        if backend == "cpp" and isa:
             _native.force_isa(isa)
             if _native.isa() != isa:
                 raise RuntimeError(f"use_backend: {isa} must be active, got {_native.isa()}")
         yield name
     finally:
         _library.force_backend(before)
-        if isa:
+        if backend == "cpp" and isa:
             _native.force_isa(None)
 
 

@@ -169,6 +169,7 @@ _OP = register_op(
     reference=reference.adamw_step,
     cpp=cpp.adamw_step,
     fake=_fake,
+    triton="feinwerk.ops.adamw_step.triton",
 )
 
 

@@ -57,6 +57,7 @@ _OP = register_op(
     reference=reference.blockwise_dequantize,
     cpp=cpp.blockwise_dequantize,
     fake=_fake,
+    triton="feinwerk.ops.blockwise_dequantize.triton",
 )
 
 

@@ -57,6 +57,7 @@ _OP = register_op(
     reference=reference.blockwise_quantize,
     cpp=cpp.blockwise_quantize,
     fake=_fake,
+    triton="feinwerk.ops.blockwise_quantize.triton",
 )
 
 

@@ -235,6 +235,7 @@ _OP = register_op(
     reference=reference.lora_linear,
     cpp=cpp.lora_linear,
     fake=_fake,
+    triton="feinwerk.ops.lora_linear.triton",
 )
 
 _BACKWARD_OP = register_op(
@@ -247,6 +248,7 @@ _BACKWARD_OP = register_op(
     reference=reference.lora_linear_backward,
     cpp=cpp.lora_linear_backward,
     fake=_fake_backward,
+    triton="feinwerk.ops.lora_linear.triton",
 )
 
 

@@ -63,6 +63,7 @@ _OP = register_op(
     reference=reference.nf4_dequantize,
     cpp=cpp.nf4_dequantize,
     fake=_fake,
+    triton="feinwerk.ops.nf4_dequantize.triton",
 )
 
 

@@ -66,6 +66,7 @@ _OP = register_op(
     reference=reference.nf4_embedding,
     cpp=cpp.nf4_embedding,
     fake=_fake,
+    triton="feinwerk.ops.nf4_embedding.triton",
 )
 
 

@@ -122,6 +122,7 @@ _OP = register_op(
     reference=reference.nf4_linear,
     cpp=cpp.nf4_linear,
     fake=_fake,
+    triton="feinwerk.ops.nf4_linear.triton",
 )
 
 _BACKWARD_OP = register_op(
@@ -133,6 +134,7 @@ _BACKWARD_OP = register_op(
     reference=reference.nf4_linear_backward,
     cpp=cpp.nf4_linear_backward,
     fake=_fake_backward,
+    triton="feinwerk.ops.nf4_linear.triton",
 )
 
 

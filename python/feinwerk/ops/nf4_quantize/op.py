@@ -46,6 +46,7 @@ _OP = register_op(
     reference=reference.nf4_quantize,
     cpp=cpp.nf4_quantize,
     fake=_fake,
+    triton="feinwerk.ops.nf4_quantize.triton",
 )
 
 

@@ -30,6 +30,7 @@ _OP = register_op(
     reference=reference.square_sum,
     cpp=cpp.square_sum,
     fake=_fake,
+    triton="feinwerk.ops.square_sum.triton",
 )
 
 

@@ -73,6 +73,7 @@ _OP = register_op(
     reference=reference.weight_norm,
     cpp=cpp.weight_norm,
     fake=_fake,
+    triton="feinwerk.ops.weight_norm.triton",
 )
 
 
