@@ -7,7 +7,7 @@
                                               │ the others  reference
                                               └ fake        shapes and dtypes only
 ```
-Every one of these entries runs the op's check first. `triton.py` of an op is imported when the first
+Every one of these entries runs the op's check first. An op's `triton.py` is imported when the first
 CUDA tensor arrives, so that `import feinwerk` needs no Triton.
 """
 
