@@ -1,8 +1,8 @@
 """What the Triton kernels of two or more ops share: code look-ups, scales, random words, the GPU.
 
 Every `ops/<op>/triton.py` is written with these. Kernels are launched with `enable_fp_fusion=False`
-and fuse only through `tl.fma`, so that exact ops have the reference's bits. An offset into memory is
-int64 before it is multiplied.
+and fuse only through `tl.fma`, so that exact ops have the reference's bits. An offset into memory
+is int64 before it is multiplied.
 """
 
 from __future__ import annotations
