@@ -2,7 +2,8 @@
 
 Arithmetic, comparisons and dots on bf16 are taken in fp32 and rounded to the nearest bf16, and
 casts to bf16 round instead of cutting off: what the hardware does.
-tests/ops/test_triton_interpreter.py shows that it is needed and that it is right. Only the interpreter is touched, never a kernel.
+tests/ops/test_triton_interpreter.py shows that it is needed and that it is right. Only the
+interpreter is touched, never a kernel.
 """
 
 from __future__ import annotations
