@@ -1,0 +1,153 @@
+"""nf4_linear and its gradient on GPUs: which kernel serves which size, and the slab path.
+
+Other ops multiply with a weight in NF4 through `multiply`, `multiply_transposed` and `slabs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from feinwerk.ops.nf4_dequantize.triton import dequantize_tile
+from feinwerk.triton_lib import gpu_of
+from feinwerk.triton_tuning import LinearTuning, linear_tuning
+
+# packed, absmax, nested_absmax, nested_codebook, nested_offset: the ops' order.
+Tables = tuple[torch.Tensor | None, ...]
+
+# Slabs begin at multiples of this many rows or columns: whole tiles of a dense product.
+_STEP = 256
+
+
+def nf4_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    nested_absmax: torch.Tensor | None = None,
+    nested_codebook: torch.Tensor | None = None,
+    nested_offset: torch.Tensor | None = None,
+    *,
+    N: int,
+    K: int,
+    blocksize: int = 64,
+    compute: str = "exact",
+) -> torch.Tensor:
+    """Multiply with W~ by the kernel that serves this many rows; "int8" is the reference's."""
+    if compute != "exact":
+        return NotImplemented
+    tables = (packed, absmax, nested_absmax, nested_codebook, nested_offset)
+    y = multiply(x.reshape(-1, K), tables, bias, N=N, K=K, blocksize=blocksize)
+    return y.view(*x.shape[:-1], N)
+
+
+def nf4_linear_backward(
+    grad_y: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    nested_absmax: torch.Tensor | None = None,
+    nested_codebook: torch.Tensor | None = None,
+    nested_offset: torch.Tensor | None = None,
+    *,
+    N: int,
+    K: int,
+    blocksize: int = 64,
+) -> torch.Tensor:
+    """Multiply with the same W~ from the other side."""
+    tables = (packed, absmax, nested_absmax, nested_codebook, nested_offset)
+    grad_x = multiply_transposed(grad_y.reshape(-1, N), tables, N=N, K=K, blocksize=blocksize)
+    return grad_x.view(*grad_y.shape[:-1], K)
+
+
+def multiply(
+    x2d: torch.Tensor,
+    tables: Tables,
+    bias: torch.Tensor | None = None,
+    *,
+    N: int,
+    K: int,
+    blocksize: int,
+    out: torch.Tensor | None = None,
+    tuning: LinearTuning | None = None,
+) -> torch.Tensor:
+    """Return x W~^T + bias [M, N] for x [M, K]; `out`, if given, is [M, N] with unit column stride.
+
+    Outside of autograd: x is detached. A strided x is copied, so that it has the same bits.
+    """
+    x2d = x2d.detach().contiguous()
+    y = torch.empty((x2d.shape[0], N), dtype=x2d.dtype, device=x2d.device) if out is None else out
+    if x2d.shape[0] == 0:
+        return y
+    tuning = tuning or _tuning_of(x2d)
+    # addmm adds its first argument in fp32 and rounds once; it wants it in y's dtype.
+    bias = None if bias is None else bias.detach().to(x2d.dtype)
+    steps = slabs(tables, N, K, blocksize, x2d.dtype, by="rows", tuning=tuning)
+    for begin, end, slab in steps:
+        if bias is None:
+            torch.mm(x2d, slab.t(), out=y[:, begin:end])
+        else:
+            torch.addmm(bias[begin:end], x2d, slab.t(), out=y[:, begin:end])
+    return y
+
+
+def multiply_transposed(
+    grad2d: torch.Tensor,
+    tables: Tables,
+    *,
+    N: int,
+    K: int,
+    blocksize: int,
+    tuning: LinearTuning | None = None,
+) -> torch.Tensor:
+    """Return grad W~ [M, K] for grad [M, N].
+
+    Slabs are columns of W, so that no sum crosses from one slab to the next and is rounded there.
+    """
+    grad2d = grad2d.detach().contiguous()
+    grad_x = torch.empty((grad2d.shape[0], K), dtype=grad2d.dtype, device=grad2d.device)
+    if grad2d.shape[0] == 0:
+        return grad_x
+    tuning = tuning or _tuning_of(grad2d)
+    steps = slabs(tables, N, K, blocksize, grad2d.dtype, by="columns", tuning=tuning)
+    for begin, end, slab in steps:
+        torch.mm(grad2d, slab, out=grad_x[:, begin:end])
+    return grad_x
+
+
+def slabs(
+    tables: Tables,
+    N: int,
+    K: int,
+    blocksize: int,
+    dtype: torch.dtype,
+    by: str = "rows",
+    *,
+    tuning: LinearTuning | None = None,
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Yield (begin, end, slab of W~): [end - begin, K] by "rows", [N, end - begin] by "columns".
+
+    All slabs are written into one buffer: use a slab before taking the next. They are of nearly
+    equal size, so that the last one is no remainder.
+    """
+    packed, absmax, nested_absmax, nested_codebook, nested_offset = tables
+    tuning = tuning or _tuning_of(packed)
+    count, other = (N, K) if by == "rows" else (K, N)
+    parts = -(-count * other * dtype.itemsize // tuning.slab_bytes)
+    step = min(count, -(-count // (parts * _STEP)) * _STEP)
+    buffer = torch.empty(step * other, dtype=dtype, device=packed.device)
+    for begin in range(0, count, step):
+        end = min(begin + step, count)
+        shape = (end - begin, K) if by == "rows" else (N, end - begin)
+        row, column = (begin, 0) if by == "rows" else (0, begin)
+        slab = buffer[: shape[0] * shape[1]].view(shape)
+        dequantize_tile(
+            slab, packed, absmax, nested_absmax, nested_codebook, nested_offset,
+            K=K, row=row, column=column, blocksize=blocksize,
+        )  # fmt: skip
+        yield begin, end, slab
+
+
+def _tuning_of(tensor: torch.Tensor) -> LinearTuning:
+    gpu = gpu_of(tensor.device)
+    return linear_tuning(gpu.backend, gpu.arch)
