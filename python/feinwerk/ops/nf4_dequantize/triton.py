@@ -1,4 +1,4 @@
-"""nf4_dequantize in Triton: any tile of a weight, each thread writing 16 bytes from a word of codes.
+"""nf4_dequantize in Triton: any tile of a weight; a thread turns a word of codes into 16 bytes.
 
 ```
    group g of a row      | byte 0  | byte 1  | byte 2  | byte 3  |    codes that a thread reads
