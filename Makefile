@@ -23,7 +23,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
 .DELETE_ON_ERROR:
 .PHONY: all help check build quickstart test test-full bench lint format types layout sanitize \
-        wheel wheel-smoke clean
+        wheel wheel-smoke triton-gate triton-record clean
 
 all: build
 
@@ -31,6 +31,7 @@ help:
 	@echo "make              check the prerequisites, create $(VENV), build the extension"
 	@echo "make quickstart   the main job: fine-tune SmolLM2-135M with NF4 weights (ARGS=...)"
 	@echo "make test         the test suite; test-full: every ISA x dtype x size (ARGS=...)"
+	@echo "make triton-gate  compile every Triton kernel ahead of time; triton-record: record it"
 	@echo "make bench        benchmarks beside their peers (OP= SHAPE= ISA= ARGS=...)"
 	@echo "make lint         ruff and clang-format; types: mypy --strict; layout: who imports whom"
 	@echo "make sanitize     the C++ core under AddressSanitizer and UBSan"
@@ -81,12 +82,26 @@ build: $(STAMPS)/package
 quickstart: build
 	@$(BIN)/feinwerk quickstart $(ARGS)
 
+# Then the Triton kernels in Triton's interpreter, which wants a process of its own. ARGS that name
+# tests are for the first process; exit code 5 says that the second has none of them.
+INTERPRET = TRITON_INTERPRET=1 $(PY) -m pytest -p no:cacheprovider
+
 test: build
 	@$(PY) -m pytest -m "not full" $(ARGS)
+	@$(INTERPRET) -m "not full" $(ARGS) || [ $$? = 5 ]
 
 # Here a skip that tests/skips_allowed.txt does not list is a failure.
+FULL = -p tests.skip_gate --skips-allowed tests/skips_allowed.txt
 test-full: build
-	@HYPOTHESIS_PROFILE=full $(PY) -m pytest -p tests.skip_gate --skips-allowed tests/skips_allowed.txt $(ARGS)
+	@HYPOTHESIS_PROFILE=full $(PY) -m pytest $(FULL) $(ARGS)
+	@$(INTERPRET) $(FULL) $(ARGS) || [ $$? = 5 ]
+
+# The ahead-of-time gate alone, and its record after a kernel or the pinned Triton has changed.
+triton-gate: build
+	@$(PY) -m tests.triton_aot $(ARGS)
+
+triton-record: build
+	@$(PY) -m tests.triton_aot --write
 
 bench: build
 	@OP="$(OP)" SHAPE="$(SHAPE)" ISA="$(ISA)" $(PY) -m benchmarks $(ARGS)

@@ -29,6 +29,11 @@ hypothesis.settings.register_profile("interpreter", max_examples=4, **_COMMON)
 torch.set_num_threads(1)
 
 
+# Triton's interpreter takes the compiler's place in its process, so that each has its own tests.
+_INTERPRETER = "test_triton_interpreter.py"
+collect_ignore_glob = ["triton_aot/*"] if _library.interpreting() else [f"*/{_INTERPRETER}"]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Take few examples in `make test`, which leaves the `full` tests out, and more elsewhere."""
     small = "not full" in config.option.markexpr
@@ -38,6 +43,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
         triton_interpreter.mend_bf16()
         hypothesis.settings.load_profile("interpreter")
+        # NumPy tells what a GPU does silently: overflow, and operations on NaN.
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave to the interpreter's process the tests of kernels; the others have run without it."""
+    if not _library.interpreting():
+        return
+    kept, left = [], []
+    for item in items:
+        ours = "triton-interpret" in item.name or item.path.name == _INTERPRETER
+        (kept if ours else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(params=testing.backend_ids())
