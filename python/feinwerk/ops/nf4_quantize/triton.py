@@ -1,0 +1,152 @@
+"""nf4_quantize in Triton: one pass over the weight; a code is one look-up and one comparison.
+
+A scaled weight v falls into one of 33 bins of width 1/16; no bin holds two of the 15 thresholds, so
+
+```
+code = thresholds in lower bins  +  (v > the threshold in v's bin)        both from one 8-byte entry
+```
+which is exact because the bin's number, a rounded fp32 sum, never falls when v grows.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from feinwerk.codebook import NF4_THRESHOLDS
+from feinwerk.triton_lib import gpu_of, launch
+
+# v * 16 + _SHIFT has the bin's number in the low 6 bits of its fp32 pattern: 1 for v = -1 to 33.
+# A NaN's low 6 bits are 0 or 63, entries that hold the code of NaN.
+_SHIFT = tl.constexpr(float(2**23 + 17))
+_INFINITY = tl.constexpr(0x7F800000)  # fp32 bits; those of a NaN are greater
+_TINY = tl.constexpr(1e-38)  # the CPU rule's floor of the divisor
+
+
+def nf4_quantize(
+    weight: torch.Tensor,
+    *,
+    blocksize: int = 64,
+    rule: str = "cpu",
+    allow_non_finite: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize block by block; one flag, read at the end, tells of NaN and infinity."""
+    flat = weight.reshape(-1).contiguous()
+    count = flat.numel()
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=flat.device)
+    flag = None if allow_non_finite else torch.zeros(1, dtype=torch.int32, device=flat.device)
+    per_program = max(blocksize, 16384 if gpu_of(flat.device).backend == "interpreter" else 4096)
+    launch(
+        nf4_quantize_fwd_kernel, (-(-count // per_program),),
+        flat, packed, absmax, flag, _bins_on(flat.device, rule), count,
+        BLOCKSIZE=blocksize, BLOCKS=per_program // blocksize, GROUP=16 // flat.element_size(),
+        CPU_RULE=rule == "cpu", CHECK=flag is not None, num_warps=4,
+    )  # fmt: skip
+    if flag is not None and not flag.is_meta and bool(flag):
+        raise ValueError(
+            "nf4_quantize: weight must be finite, got NaN or infinity; pass allow_non_finite=True "
+            "to quantize it as bitsandbytes does"
+        )
+    return packed, absmax
+
+
+def bins(rule: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Return the 64 entries of a rule: the threshold's fp32 bits << 32 | thresholds below."""
+    thresholds = np.array(NF4_THRESHOLDS[rule], dtype=np.float32)
+    numbers = (thresholds * np.float32(16) + np.float32(_SHIFT.value)).view(np.int32) & 63
+    entries = np.empty(64, dtype=np.int64)
+    for i in range(64):
+        inside = thresholds[numbers == i]
+        below = int((numbers < i).sum())
+        if not 1 <= i <= 33:
+            below = 15 if rule == "cpu" else 0
+        limit = inside[0] if inside.size else np.float32(np.inf)
+        entries[i] = int(limit.view(np.int32)) << 32 | below
+    return entries
+
+
+@functools.cache
+def _bins_on(device: torch.device, rule: str) -> torch.Tensor:
+    return torch.from_numpy(bins(rule)).to(device)
+
+
+@triton.jit(do_not_specialize=["count"])
+def nf4_quantize_fwd_kernel(
+    weight_ptr, packed_ptr, absmax_ptr, flag_ptr, bins_ptr, count,
+    BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    CPU_RULE: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """Quantize BLOCKS blocks; a thread holds groups of 16 bytes."""
+    pid = tl.program_id(0).to(tl.int64)
+    start = pid * (BLOCKS * BLOCKSIZE)
+    if start + BLOCKS * BLOCKSIZE <= count:
+        _quantize_blocks(
+            weight_ptr + start, packed_ptr + start // 2, absmax_ptr + pid * BLOCKS, flag_ptr,
+            bins_ptr, count - start, BLOCKSIZE, BLOCKS, GROUP, CPU_RULE, CHECK, False,
+        )  # fmt: skip
+    else:
+        _quantize_blocks(
+            weight_ptr + start, packed_ptr + start // 2, absmax_ptr + pid * BLOCKS, flag_ptr,
+            bins_ptr, count - start, BLOCKSIZE, BLOCKS, GROUP, CPU_RULE, CHECK, True,
+        )  # fmt: skip
+
+
+@triton.jit
+def _quantize_blocks(
+    weight_ptr, packed_ptr, absmax_ptr, flag_ptr, bins_ptr, rest,
+    BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
+    CPU_RULE: tl.constexpr, CHECK: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    block = tl.arange(0, BLOCKS)
+    begin = (
+        block[:, None, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE // GROUP)[None, :, None] * GROUP
+    )
+    at = begin + tl.arange(0, GROUP)[None, None, :]
+    if EDGE:
+        x = tl.load(weight_ptr + at, mask=at < rest, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(weight_ptr + at).to(tl.float32)
+    # Magnitudes compare as integers, which ranks NaN above infinity.
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if not CPU_RULE and not CHECK:
+        bits = tl.where(bits > _INFINITY, 0, bits)
+    top = tl.max(tl.max(bits, 2), 1)
+    absmax = top.to(tl.float32, bitcast=True)
+    live = block * BLOCKSIZE < rest
+    if CHECK:
+        tl.store(flag_ptr + block * 0, 1, mask=live & (top >= _INFINITY))
+    if CPU_RULE:
+        absmax = tl.where(top > _INFINITY, float("nan"), absmax)
+        floor = tl.where(absmax < _TINY, _TINY, absmax)
+        scaled = x * tl.div_rn(1.0, floor)[:, None, None]
+        if EDGE:  # a partial last block divides, and keeps the floor as its absmax
+            partial = block * BLOCKSIZE + BLOCKSIZE > rest
+            absmax = tl.where(partial, floor, absmax)
+            divided = tl.div_rn(x, tl.broadcast_to(floor[:, None, None], x.shape))
+            scaled = tl.where(partial[:, None, None], divided, scaled)
+    else:
+        scaled = x * tl.div_rn(1.0, absmax)[:, None, None]
+        scaled = tl.clamp(scaled, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    if EDGE:
+        tl.store(absmax_ptr + block, absmax, mask=live)
+    else:
+        tl.store(absmax_ptr + block, absmax)
+    number = (scaled * 16.0 + _SHIFT).to(tl.int32, bitcast=True) & 63
+    entry = tl.load(bins_ptr + number)
+    limit = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    code = entry.to(tl.int32) + (scaled > limit).to(tl.int32)
+    if EDGE and CPU_RULE:
+        code = tl.where(at == rest, 7, code)  # the odd one out is padded with the code of 0.0
+    pairs = tl.reshape(code, [BLOCKS, BLOCKSIZE // GROUP, GROUP // 2, 2])
+    even, odd = tl.split(pairs)
+    byte = (even * 16 + odd).to(tl.uint8)
+    half = begin // 2 + tl.arange(0, GROUP // 2)[None, None, :]
+    if EDGE:
+        tl.store(packed_ptr + half, byte, mask=half * 2 < rest)
+    else:
+        tl.store(packed_ptr + half, byte)
