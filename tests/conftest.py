@@ -30,8 +30,8 @@ torch.set_num_threads(1)
 
 
 # Triton's interpreter takes the compiler's place in its process, so that each has its own tests.
-_INTERPRETER = "test_triton_interpreter.py"
-collect_ignore_glob = ["triton_aot/*"] if _library.interpreting() else [f"*/{_INTERPRETER}"]
+_INTERPRETED = "ops/test_triton_*.py"
+collect_ignore_glob = ["triton_aot/*"] if _library.interpreting() else [_INTERPRETED]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     kept, left = [], []
     for item in items:
-        ours = "triton-interpret" in item.name or item.path.name == _INTERPRETER
+        ours = "triton-interpret" in item.name or item.path.match(_INTERPRETED)
         (kept if ours else left).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from importlib.util import find_spec
 
 import pytest
@@ -20,6 +21,12 @@ def test_every_op_is_served_and_described() -> None:
         assert backends.serving(op)[0] in backends.available()
         assert backends.serving(op, "cuda")[0] == "triton"
     assert backends.serving("nf4_linear", "mps") == ("reference", "no kernel for mps")
+
+
+def test_without_triton_cuda_has_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "why_no_triton", lambda: "Triton is not installed")
+    for op in _library.OPS:
+        assert backends.serving(op, "cuda") == ("reference", "Triton is not installed")
 
 
 def test_all_ops_are_registered() -> None:
@@ -56,6 +63,23 @@ def test_the_default_returns_after_forcing() -> None:
         with testing.use_backend(name):
             pass
     assert (backends.serving("nf4_linear"), backends.isa()) == before
+
+
+def test_what_a_kernel_does_not_serve_goes_to_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = types.ModuleType("feinwerk_test_kernel")
+    kernel.foo = lambda x, y=0: x + y if x > 0 else NotImplemented  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, kernel.__name__, kernel)
+    run = _library._lazy(kernel.__name__, "foo", lambda x, y=0: ("reference", x, y))
+    assert run(1, y=2) == 3
+    assert run(-1, y=2) == ("reference", -1, 2)
+
+
+def test_triton_on_cpu_without_the_interpreter_is_an_error() -> None:
+    with pytest.raises(NotImplementedError, match=r"'triton'.*TRITON_INTERPRET=1.*it is not set"):
+        _library.force_backend("triton")
+    assert _library.forced_backend() is None
 
 
 def test_unknown_names_are_errors() -> None:

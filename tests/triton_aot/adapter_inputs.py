@@ -20,6 +20,8 @@ def weight_norm() -> Rows:
         ("dense fp32", 4096, 4096, 16, None, FP32, FP32, False),
         ("odd", 31, 97, 3, (64, True), BF16, FP32, False),
         ("rank 256", 4096, 4096, 256, (64, True), BF16, BF16, False),
+        ("above 2^31", 2**16, 2**15 + 1, 16, (64, True), BF16, BF16, False),
+        ("dense above 2^31", 2**16, 2**15 + 1, 16, None, BF16, BF16, False),
     )
     for name, N, K, r, base, dtype, adapter, everywhere in table:
         tables = base_of(N, K, base, dtype)
@@ -52,6 +54,10 @@ ADAPTED: tuple[tuple[Any, ...], ...] = (
     ("many, dropout", 2048, 4096, 4096, (16, 16), (64, True), BF16, BF16, 0.1, False, False),
     ("many with DoRA", 512, 4096, 4096, (16, 8), (64, True), BF16, FP32, 0.0, True, False),
     ("many, decode", 8, 4096, 4096, (16,) * 8, (64, True), BF16, BF16, 0.0, False, False),
+    ("above 2^31", 2, 2**16, 2**15 + 1, (16,), (64, True), BF16, BF16, 0.1, False, False),
+    ("DoRA above 2^31", 64, 2**16, 2**15 + 1, (16,), (64, True), BF16, BF16, 0.0, True, False),
+    ("rows above 2^31", 2**20, 4096, 4096, (16,), (64, True), BF16, BF16, 0.1, False, False),
+    ("many above 2^31", 2**20, 4096, 4096, (16, 8), (64, True), BF16, BF16, 0.0, True, False),
     ("many dense", 512, 4096, 4096, (16, 8), None, BF16, BF16, 0.1, True, False),
 )
 

@@ -69,6 +69,8 @@ def blockwise_quantize() -> Rows:
         ("rows", (4096, 1000), 256, False, "cpu", "rows", False),
         ("blocks of 100", (3001,), 100, True, "cuda", "flat", False),
         ("few", (7,), 256, True, "cpu", "flat", False),
+        ("above 2^31", (2**31 + 1000,), 256, True, "cpu", "flat", False),
+        ("rows above 2^31", (2**16, 2**15 + 1), 256, False, "cuda", "rows", False),
     )
     for name, shape, blocksize, center, rule, layout, everywhere in table:
         options = {"blocksize": blocksize, "center": center, "rule": rule, "layout": layout}
@@ -82,6 +84,8 @@ def blockwise_dequantize() -> Rows:
         ("plain", (262144,), 256, False, "flat", False),
         ("rows", (4096, 1000), 256, False, "rows", False),
         ("blocks of 100", (3001,), 100, True, "flat", False),
+        ("above 2^31", (2**31 + 1000,), 256, True, "flat", False),
+        ("rows above 2^31", (2**16, 2**15 + 1), 256, False, "rows", False),
     )
     for name, shape, blocksize, offset, layout, everywhere in table:
         rows = shape[0] if layout == "rows" else 1

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from tests.triton_aot.meta_tensors import BF16, FP16, FP32, Rows, meta, weight
 
+HUGE = (2**16, 2**15 + 1)  # N, K
+
+
+def above(N: int, K: int) -> str:
+    """Say in a name that the weight has more elements than an int32 counts."""
+    return ", above 2^31" if N * K > 2**31 else ""
+
+
 # M, dtype, nested, everywhere: every regime of rows, at the shape of a large model's layer.
 REGIMES = (
     (1, BF16, True, True),
@@ -50,13 +58,13 @@ def nf4_linear() -> Rows:
         (64, 4096, 4096, 32, False, BF16),
         (64, 4096, 4096, 4096, True, BF16),
         (2048, 48, 576, 64, False, BF16),
-        (1, 2**16, 2**15 + 1, 64, True, BF16),
-        (64, 2**16, 2**15 + 1, 64, True, BF16),
+        (1, *HUGE, 64, True, BF16),
+        (64, *HUGE, 64, True, BF16),
     )
     for M, N, K, blocksize, nested, dtype in table:
         packed, absmax, tables = weight(N * K, blocksize, nested)
         args = (meta(M, K, dtype=dtype), packed, absmax, meta(N, dtype=dtype), *tables)
-        name = f"{M}x{N}x{K} {dtype}, bias, blocks of {blocksize}"
+        name = f"{M}x{N}x{K} {dtype}, bias, blocks of {blocksize}{above(N, K)}"
         yield name, args, {"N": N, "K": K, "blocksize": blocksize}, False
     for M in (1, 64):
         packed, absmax, tables = weight(4096 * 4096, 64, True)
@@ -78,11 +86,11 @@ def nf4_linear_backward() -> Rows:
         (33, 31, 97, 64, False, FP32),
         (64, 4096, 4096, 4096, True, BF16),
         (64, 4096, 4096, 32, False, FP16),
-        (1, 2**16, 2**15 + 1, 64, True, BF16),
-        (64, 2**16, 2**15 + 1, 64, True, BF16),
+        (1, *HUGE, 64, True, BF16),
+        (64, *HUGE, 64, True, BF16),
     )
     for M, N, K, blocksize, nested, dtype in table:
         packed, absmax, tables = weight(N * K, blocksize, nested)
         args = (meta(M, N, dtype=dtype), packed, absmax, *tables)
-        name = f"{M}x{N}x{K} {dtype}, blocks of {blocksize}"
+        name = f"{M}x{N}x{K} {dtype}, blocks of {blocksize}{above(N, K)}"
         yield name, args, {"N": N, "K": K, "blocksize": blocksize}, False

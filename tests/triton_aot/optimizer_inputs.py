@@ -6,6 +6,8 @@ import torch
 
 from tests.triton_aot.meta_tensors import BF16, DTYPES, FP32, Rows, meta
 
+SHAPES = ((4096, 16), (16, 4096), (4099,), (31, 97), (1024, 1024))
+
 
 def adamw_step() -> Rows:
     # name, dtype of parameters, gradients and states, remainders, seed, scalars, everywhere
@@ -19,9 +21,13 @@ def adamw_step() -> Rows:
         ("bf16 states, stochastic", BF16, BF16, BF16, False, True, True, False),
         ("fp32 states, stochastic", BF16, BF16, FP32, False, True, False, False),
         ("fp32 states, remainders", BF16, FP32, FP32, True, False, False, False),
+        ("above 2^31", FP32, FP32, FP32, False, False, False, False),
+        ("8-bit above 2^31", BF16, BF16, torch.uint8, False, True, False, False),
     )
     for name, param, grad, state, remainders, seed, scalars, everywhere in table:
-        shapes = ((4096, 16), (16, 4096), (4099,), (31, 97), (1024, 1024))
+        shapes: tuple[tuple[int, ...], ...] = SHAPES
+        if "above" in name:
+            shapes = ((2**16, 2**15 + 1), (2**31 + 1000,))
         blocks = [(shape[0] if len(shape) > 1 else 1) * -(-shape[-1] // 256) for shape in shapes]
         absmaxes = [meta(count) for count in blocks] if state is torch.uint8 else []
         args = (
@@ -44,4 +50,6 @@ def square_sum() -> Rows:
     shapes = ((4096, 16), (16, 4096), (4099,), (31, 97), (3, 200000))
     for dtype in DTYPES:
         yield str(dtype), ([meta(*s, dtype=dtype) for s in shapes],), {}, dtype is BF16
+    huge = [meta(*shape, dtype=BF16) for shape in ((2**16, 2**15 + 1), (2**31 + 1000,))]
+    yield "above 2^31", (huge,), {}, False
     yield "mixed", ([meta(31, 97, dtype=dtype) for dtype in DTYPES],), {}, False
