@@ -115,7 +115,7 @@ def test_triton_imports() -> None:
         shared = {"feinwerk.triton_lib", "feinwerk.triton_tuning", "feinwerk.codebook"}
         kernels = {m for m in ours(path) if re.fullmatch(r"feinwerk\.ops\.\w+\.triton\w*", m)}
         assert ours(path) <= shared | kernels, name_of(path)
-        assert third_party(path) <= {"torch", "triton"}, name_of(path)
+        assert third_party(path) <= {"numpy", "torch", "triton"}, name_of(path)
 
 
 @pytest.mark.parametrize("path", op_files("op.py"), ids=name_of)
@@ -168,7 +168,9 @@ def test_single_owners(path: Path) -> None:
     text, used = path.read_text(), imports(path)
     if layer(path) != "_native":
         assert "feinwerk._C" not in used, "only _native.py imports _C"
-        assert "data_ptr(" not in text, "only _native.py takes addresses"
+        # A Triton kernel over a list of tensors reads their addresses from a table.
+        if layer(path) != "triton_lib":
+            assert "data_ptr(" not in text, "only _native.py takes addresses"
     if layer(path) != "_library":
         assert not {m for m in used if m == "torch.library"}, "only _library.py registers ops"
         assert "torch.library." not in text.replace("torch.library.opcheck", "")

@@ -43,7 +43,7 @@ def main() -> int:
         gate.RECORD.write_text(gate.written(outcome.rows))
         print(f"wrote {gate.RECORD}")
         return bool(outcome.failures)
-    changed = gate.differences(outcome, gate.read(gate.RECORD.read_text()))
+    changed = gate.differences(outcome, gate.recorded())
     for line in changed:
         print(line)
     if changed:

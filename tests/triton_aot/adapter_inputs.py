@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.triton_aot.meta_tensors import BF16, FP16, FP32, Rows, base_of, meta
+from tests.triton_aot.meta_tensors import BF16, FP16, FP32, REFERENCE, Rows, base_of, meta
 
 
 def weight_norm() -> Rows:
@@ -97,7 +97,7 @@ def lora_linear() -> Rows:
         meta(64, 4096, dtype=BF16), *base_of(4096, 4096, (64, True), BF16), None, A, B, meta(1),
         None, [], None, None, None,
     )  # fmt: skip
-    yield "int8", args, {"dropout_p": 0.0, "blocksize": 64, "compute": "int8"}, False
+    yield f"{REFERENCE}int8", args, {"dropout_p": 0.0, "blocksize": 64, "compute": "int8"}, False
 
 
 def lora_linear_backward() -> Rows:

@@ -139,6 +139,11 @@ def read(text: str) -> list[Row]:
     return [tuple(row) for row in csv.reader(io.StringIO(text))][1:]
 
 
+def recorded() -> list[Row]:
+    """The lines of the repository's record."""
+    return read(RECORD.read_text()) if RECORD.exists() else []
+
+
 def differences(outcome: Outcome, recorded: Sequence[Row]) -> list[str]:
     """Compare with the record; lines for targets that were compiled in part are not missed."""
     before = {row[:KEY]: row[KEY:] for row in recorded}

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 import feinwerk
 from feinwerk import _library, triton_lib
 from tests.triton_aot.inputs import Input
+from tests.triton_aot.meta_tensors import REFERENCE
 from tests.triton_aot.targets import TARGETS, Target, stand_in
 
 # Before anything replaces it.
@@ -119,8 +120,14 @@ def _call(each: Input) -> None:
     record = _library.OPS[each.op]
     function = getattr(importlib.import_module(record.triton), each.op)
     result = function(*each.args, **each.kwargs)
+    if (result is NotImplemented) != each.name.startswith(REFERENCE):
+        raise ValueError(
+            "the launcher does not serve it"
+            if result is NotImplemented
+            else f"the launcher serves it: the name must not open with {REFERENCE!r}"
+        )
     if result is NotImplemented:
-        raise ValueError("the launcher does not serve it")
+        return
     expected = getattr(torch.ops.feinwerk, each.op).default(*each.args, **each.kwargs)
     if _outline(result) != _outline(expected):
         raise ValueError(f"outputs are {_outline(result)}, must be {_outline(expected)}")

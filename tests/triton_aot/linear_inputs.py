@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.triton_aot.meta_tensors import BF16, FP16, FP32, Rows, meta, weight
+from tests.triton_aot.meta_tensors import BF16, FP16, FP32, REFERENCE, Rows, meta, weight
 
 HUGE = (2**16, 2**15 + 1)  # N, K
 
@@ -70,7 +70,7 @@ def nf4_linear() -> Rows:
         packed, absmax, tables = weight(4096 * 4096, 64, True)
         args = (meta(M, 4096, dtype=BF16), packed, absmax, None, *tables)
         options = {"N": 4096, "K": 4096, "blocksize": 64, "compute": "int8"}
-        yield f"{M} rows, int8", args, options, False
+        yield f"{REFERENCE}{M} rows, int8", args, options, False
 
 
 def nf4_linear_backward() -> Rows:

@@ -10,6 +10,9 @@ import torch
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP32, BF16, FP16)
 
+# Opens the name of an input that is documented to run the reference on every GPU.
+REFERENCE = "reference: "
+
 # Of one op: name, arguments, keyword arguments, everywhere.
 Rows = Iterator[tuple[str, tuple[Any, ...], dict[str, Any], bool]]
 Nested = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
