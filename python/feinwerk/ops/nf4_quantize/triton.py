@@ -40,12 +40,21 @@ def nf4_quantize(
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=flat.device)
     flag = None if allow_non_finite else torch.zeros(1, dtype=torch.int32, device=flat.device)
-    per_program = max(blocksize, 16384 if gpu_of(flat.device).backend == "interpreter" else 4096)
+    table = _bins_on(flat.device, rule)
+    options = {"GROUP": 16 // flat.element_size(), "CPU_RULE": rule == "cpu"}
+    per_program = 16384 if gpu_of(flat.device).backend == "interpreter" else 4096
+    whole, rest = divmod(count, blocksize)
     launch(
-        nf4_quantize_fwd_kernel, (-(-count // per_program),),
-        flat, packed, absmax, flag, _bins_on(flat.device, rule), count,
-        BLOCKSIZE=blocksize, BLOCKS=per_program // blocksize, GROUP=16 // flat.element_size(),
-        CPU_RULE=rule == "cpu", CHECK=flag is not None, num_warps=4,
+        nf4_quantize_fwd_kernel, (-(-whole * blocksize // per_program),),
+        flat, packed, absmax, flag, table, whole,
+        BLOCKSIZE=blocksize, BLOCKS=per_program // blocksize, CHECK=flag is not None,
+        num_warps=4, **options,
+    )  # fmt: skip
+    launch(
+        nf4_quantize_last_fwd_kernel, (int(rest > 0),),
+        flat, packed, absmax, flag, table, count,
+        BLOCKSIZE=blocksize, PIECE=min(blocksize, 1024), CHECK=flag is not None,
+        num_warps=4, **options,
     )  # fmt: skip
     if flag is not None and not flag.is_meta and bool(flag):
         raise ValueError(
@@ -75,78 +84,96 @@ def _bins_on(device: torch.device, rule: str) -> torch.Tensor:
     return torch.from_numpy(bins(rule)).to(device)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["whole"])
 def nf4_quantize_fwd_kernel(
-    weight_ptr, packed_ptr, absmax_ptr, flag_ptr, bins_ptr, count,
+    weight_ptr, packed_ptr, absmax_ptr, flag_ptr, bins_ptr, whole,
     BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
     CPU_RULE: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
-    """Quantize BLOCKS blocks; a thread holds groups of 16 bytes."""
-    pid = tl.program_id(0).to(tl.int64)
-    start = pid * (BLOCKS * BLOCKSIZE)
-    if start + BLOCKS * BLOCKSIZE <= count:
-        _quantize_blocks(
-            weight_ptr + start, packed_ptr + start // 2, absmax_ptr + pid * BLOCKS, flag_ptr,
-            bins_ptr, count - start, BLOCKSIZE, BLOCKS, GROUP, CPU_RULE, CHECK, False,
-        )  # fmt: skip
-    else:
-        _quantize_blocks(
-            weight_ptr + start, packed_ptr + start // 2, absmax_ptr + pid * BLOCKS, flag_ptr,
-            bins_ptr, count - start, BLOCKSIZE, BLOCKS, GROUP, CPU_RULE, CHECK, True,
-        )  # fmt: skip
-
-
-@triton.jit
-def _quantize_blocks(
-    weight_ptr, packed_ptr, absmax_ptr, flag_ptr, bins_ptr, rest,
-    BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr,
-    CPU_RULE: tl.constexpr, CHECK: tl.constexpr, EDGE: tl.constexpr,
-):  # fmt: skip
+    """Quantize BLOCKS of the `whole` blocks that no end cuts; a thread holds groups of 16 bytes."""
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
     block = tl.arange(0, BLOCKS)
+    live = block < whole - first
     begin = (
         block[:, None, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE // GROUP)[None, :, None] * GROUP
     )
     at = begin + tl.arange(0, GROUP)[None, None, :]
-    if EDGE:
-        x = tl.load(weight_ptr + at, mask=at < rest, other=0.0).to(tl.float32)
-    else:
-        x = tl.load(weight_ptr + at).to(tl.float32)
-    # Magnitudes compare as integers, which ranks NaN above infinity.
+    source = weight_ptr + first * BLOCKSIZE
+    x = tl.load(source + at, mask=live[:, None, None], other=0.0).to(tl.float32)
+    top = tl.max(tl.max(_magnitude(x, CPU_RULE, CHECK), 2), 1)
+    if CHECK:
+        tl.store(flag_ptr + block * 0, 1, mask=live & (top >= _INFINITY))
+    absmax, floor = _absmax(top, CPU_RULE)
+    tl.store(absmax_ptr + first + block, absmax, mask=live)
+    scaled = x * tl.div_rn(1.0, floor)[:, None, None]
+    code = _nearest(scaled, bins_ptr, CPU_RULE)
+    pairs = tl.reshape(code, [BLOCKS, BLOCKSIZE // GROUP, GROUP // 2, 2])
+    even, odd = tl.split(pairs)
+    half = begin // 2 + tl.arange(0, GROUP // 2)[None, None, :]
+    target = packed_ptr + first * (BLOCKSIZE // 2)
+    tl.store(target + half, (even * 16 + odd).to(tl.uint8), mask=live[:, None, None])
+
+
+@triton.jit(do_not_specialize=["count"])
+def nf4_quantize_last_fwd_kernel(
+    weight_ptr, packed_ptr, absmax_ptr, flag_ptr, bins_ptr, count,
+    BLOCKSIZE: tl.constexpr, PIECE: tl.constexpr, GROUP: tl.constexpr,
+    CPU_RULE: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    """Quantize the last block, of fewer than BLOCKSIZE weights; by the CPU rule it divides."""
+    last = tl.cast(count, tl.int64) // BLOCKSIZE
+    source = weight_ptr + last * BLOCKSIZE
+    rest = (count - last * BLOCKSIZE).to(tl.int32)
+    lane = tl.arange(0, PIECE)
+    top = tl.max(lane * 0, 0)
+    for piece in range(0, BLOCKSIZE, PIECE):
+        at = piece + lane
+        x = tl.load(source + at, mask=at < rest, other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.max(_magnitude(x, CPU_RULE, CHECK), 0))
+    if CHECK:
+        tl.store(flag_ptr, 1, mask=top >= _INFINITY)
+    _, floor = _absmax(top, CPU_RULE)
+    tl.store(absmax_ptr + last, floor)  # the CPU rule keeps the floor; CUDA's is absmax itself
+    for piece in range(0, BLOCKSIZE, PIECE):
+        at = piece + lane
+        x = tl.load(source + at, mask=at < rest, other=0.0).to(tl.float32)
+        inverse = tl.div_rn(1.0, floor)
+        scaled = tl.div_rn(x, tl.zeros_like(x) + floor) if CPU_RULE else x * inverse
+        code = _nearest(scaled, bins_ptr, CPU_RULE)
+        if CPU_RULE:
+            code = tl.where(at == rest, 7, code)  # an odd end is padded with the code of 0.0
+        even, odd = tl.split(tl.reshape(code, [PIECE // 2, 2]))
+        half = piece // 2 + tl.arange(0, PIECE // 2)
+        target = packed_ptr + last * (BLOCKSIZE // 2)
+        tl.store(target + half, (even * 16 + odd).to(tl.uint8), mask=half * 2 < rest)
+
+
+@triton.jit
+def _magnitude(x, CPU_RULE: tl.constexpr, CHECK: tl.constexpr):
+    """|x| as integers, which ranks NaN above infinity; CUDA's absmax leaves NaN out."""
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if not CPU_RULE and not CHECK:
         bits = tl.where(bits > _INFINITY, 0, bits)
-    top = tl.max(tl.max(bits, 2), 1)
+    return bits
+
+
+@triton.jit
+def _absmax(top, CPU_RULE: tl.constexpr):
+    """The absmax that bits stand for, and what the block is divided by."""
     absmax = top.to(tl.float32, bitcast=True)
-    live = block * BLOCKSIZE < rest
-    if CHECK:
-        tl.store(flag_ptr + block * 0, 1, mask=live & (top >= _INFINITY))
+    floor = absmax
     if CPU_RULE:
         absmax = tl.where(top > _INFINITY, float("nan"), absmax)
         floor = tl.where(absmax < _TINY, _TINY, absmax)
-        scaled = x * tl.div_rn(1.0, floor)[:, None, None]
-        if EDGE:  # a partial last block divides, and keeps the floor as its absmax
-            partial = block * BLOCKSIZE + BLOCKSIZE > rest
-            absmax = tl.where(partial, floor, absmax)
-            divided = tl.div_rn(x, tl.broadcast_to(floor[:, None, None], x.shape))
-            scaled = tl.where(partial[:, None, None], divided, scaled)
-    else:
-        scaled = x * tl.div_rn(1.0, absmax)[:, None, None]
+    return absmax, floor
+
+
+@triton.jit
+def _nearest(scaled, bins_ptr, CPU_RULE: tl.constexpr):
+    """The number of thresholds strictly below, or the code of NaN."""
+    if not CPU_RULE:  # which has no floor: a denormal absmax scales to infinity
         scaled = tl.clamp(scaled, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    if EDGE:
-        tl.store(absmax_ptr + block, absmax, mask=live)
-    else:
-        tl.store(absmax_ptr + block, absmax)
     number = (scaled * 16.0 + _SHIFT).to(tl.int32, bitcast=True) & 63
     entry = tl.load(bins_ptr + number)
     limit = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    code = entry.to(tl.int32) + (scaled > limit).to(tl.int32)
-    if EDGE and CPU_RULE:
-        code = tl.where(at == rest, 7, code)  # the odd one out is padded with the code of 0.0
-    pairs = tl.reshape(code, [BLOCKS, BLOCKSIZE // GROUP, GROUP // 2, 2])
-    even, odd = tl.split(pairs)
-    byte = (even * 16 + odd).to(tl.uint8)
-    half = begin // 2 + tl.arange(0, GROUP // 2)[None, None, :]
-    if EDGE:
-        tl.store(packed_ptr + half, byte, mask=half * 2 < rest)
-    else:
-        tl.store(packed_ptr + half, byte)
+    return entry.to(tl.int32) + (scaled > limit).to(tl.int32)
