@@ -3,13 +3,14 @@
 META tensors of any size get addresses of their own, far apart. Of every launch the programs at the
 corners of the grid run; a load or store outside its tensor is an error, loads return zeros (or what
 `Memory.fill` says), and the interpreter itself refuses an int32 that overflows. So a kernel shows
-within seconds what it does beyond 2^31 elements.
+within seconds what it does beyond 2^31 elements. Tables that a launcher uploads are real.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from triton.runtime import interpreter
+
+from feinwerk import triton_lib
+
+_FAKE = 1 << 56  # above every real address
 
 
 @dataclass
@@ -28,6 +33,7 @@ class Block:
     begin: int
     end: int
     name: str
+    real: bool
     value: int = 0
     first: int = 2**63
     last: int = -1
@@ -57,9 +63,10 @@ class Memory:
         storage = tensor.untyped_storage()
         found = self.blocks.get(storage._cdata)
         if found is None:
-            begin = (len(self.blocks) + 1) << 44
+            real = tensor.device.type != "meta"
+            begin = storage.data_ptr() if real else _FAKE + (len(self.blocks) << 44)
             name = f"{tensor.dtype} {tuple(tensor.shape)}"
-            found = Block(storage, begin, begin + storage.nbytes(), name)
+            found = Block(storage, begin, begin + storage.nbytes(), name, real)
             self.blocks[storage._cdata] = found
         return found
 
@@ -76,30 +83,31 @@ class Memory:
         block = self.block(tensor)
         return block.last == block.end - 1
 
+    def address(self, tensor: torch.Tensor) -> int:
+        """Where a tensor begins."""
+        return self.block(tensor).begin + tensor.storage_offset() * tensor.element_size()
+
     def pointer(self, argument: Any) -> Any:
         """A tensor as a pointer, anything else as it is."""
         if isinstance(argument, torch.Tensor):
-            offset = argument.storage_offset() * argument.element_size()
-            return Pointer(argument.dtype, self.block(argument).begin + offset)
+            return Pointer(argument.dtype, self.address(argument))
         return argument
 
-    def touch(self, pointers: Any, mask: Any, what: str) -> int:
-        """Check the addresses of one load or store; return the value it finds."""
+    def touch(self, pointers: Any, mask: Any, what: str) -> Block | None:
+        """Check the addresses of one load or store; return what they are in, if any."""
         size = pointers.get_element_ty().primitive_bitwidth // 8
         addresses = np.broadcast_to(pointers.data, np.shape(mask.data))[mask.data]
         if addresses.size == 0:
-            return 0
+            return None
         low, high = int(addresses.min()), int(addresses.max()) + size - 1
-        index = (low >> 44) - 1
-        block = list(self.blocks.values())[index] if 0 <= index < len(self.blocks) else None
-        if block is None or high >= block.end:
-            name = "all tensors" if block is None else block.name
-            begin = 0 if block is None else block.begin
+        nearest = max(self.blocks.values(), key=lambda block: (block.begin <= low, block.begin))
+        if not nearest.begin <= low <= high < nearest.end:
             raise AssertionError(
-                f"{self.now} {what}s outside of {name}: bytes {low - begin} to {high - begin}"
+                f"{self.now} {what}s outside of {nearest.name}: "
+                f"bytes {low - nearest.begin} to {high - nearest.begin}"
             )
-        block.first, block.last = min(block.first, low), max(block.last, high)
-        return block.value
+        nearest.first, nearest.last = min(nearest.first, low), max(nearest.last, high)
+        return nearest
 
 
 @contextmanager
@@ -113,8 +121,10 @@ def fake_memory() -> Iterator[Memory]:
     def masked_load(
         self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **more: Any
     ) -> Any:
-        value = memory.touch(pointers, mask, "load")
-        kind = pointers.get_element_ty()
+        block = memory.touch(pointers, mask, "load")
+        if block is not None and block.real:
+            return load(self, pointers, mask, other, *rest, **more)
+        kind, value = pointers.get_element_ty(), 0 if block is None else block.value
         data = np.full(pointers.data.shape, value, dtype=interpreter._get_np_dtype(kind))
         if other is not None:
             data = np.where(mask.data, data, other.data)
@@ -146,8 +156,28 @@ def fake_memory() -> Iterator[Memory]:
 
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     interpreter.GridExecutor.__call__ = corners
+    replaced = _replace_tables(memory)
     try:
         yield memory
     finally:
+        for module, name, function in replaced:
+            setattr(module, name, function)
         builder.create_masked_load, builder.create_masked_store = load, store
         interpreter.GridExecutor.__call__ = call
+
+
+def _replace_tables(memory: Memory) -> list[tuple[Any, str, Any]]:
+    """Let launchers write these addresses into their tables, and keep the tables on the CPU."""
+    cpu = torch.device("cpu")
+    instead = {
+        "addresses": lambda tensors: [memory.address(tensor) for tensor in tensors],
+        "upload": lambda values, device: triton_lib.upload(values, cpu),
+        "tiles_on": lambda counts, device: triton_lib.tiles_on(counts, cpu),
+    }
+    replaced = []
+    for module in [each for name, each in sys.modules.items() if name.startswith("feinwerk.ops.")]:
+        for name, function in instead.items():
+            if getattr(module, name, None) is getattr(triton_lib, name):
+                replaced.append((module, name, getattr(module, name)))
+                setattr(module, name, function)
+    return replaced

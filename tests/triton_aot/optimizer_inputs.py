@@ -27,7 +27,7 @@ def adamw_step() -> Rows:
     for name, param, grad, state, remainders, seed, scalars, everywhere in table:
         shapes: tuple[tuple[int, ...], ...] = SHAPES
         if "above" in name:
-            shapes = ((2**16, 2**15 + 1), (2**31 + 1000,))
+            shapes = ((2**31 + 1000,) if state is FP32 else (2**16, 2**15 + 1),)
         blocks = [(shape[0] if len(shape) > 1 else 1) * -(-shape[-1] // 256) for shape in shapes]
         absmaxes = [meta(count) for count in blocks] if state is torch.uint8 else []
         args = (
@@ -50,6 +50,6 @@ def square_sum() -> Rows:
     shapes = ((4096, 16), (16, 4096), (4099,), (31, 97), (3, 200000))
     for dtype in DTYPES:
         yield str(dtype), ([meta(*s, dtype=dtype) for s in shapes],), {}, dtype is BF16
-    huge = [meta(*shape, dtype=BF16) for shape in ((2**16, 2**15 + 1), (2**31 + 1000,))]
-    yield "above 2^31", (huge,), {}, False
+    for shape in ((2**16, 2**15 + 1), (2**31 + 1000,), (3, 2**30)):
+        yield f"{shape}, above 2^31", ([meta(*shape, dtype=BF16)],), {}, False
     yield "mixed", ([meta(31, 97, dtype=dtype) for dtype in DTYPES],), {}, False
