@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,34 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             kernel[grid](*args, enable_fp_fusion=False, **options)
     else:
         kernel[grid](*args, enable_fp_fusion=False, **options)
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Return where tensors begin, for a kernel that walks a list of them in one launch.
+
+    The caller keeps the tensors alive until it has launched.
+    """
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def upload(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return integers as an int64 tensor on a device, without waiting for it."""
+    pinned = device.type == "cuda"
+    table = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=pinned)
+    return table.to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=256)
+def tiles_on(counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return which tile of which tensor each program takes, when tensor i has counts[i] tiles.
+
+    int32 [sum of counts, 2]: tensor, tile. Kept, as shapes seldom change from call to call; the
+    copy is waited for, so that every stream may read it.
+    """
+    sizes = torch.tensor(counts, dtype=torch.int64, device="cpu")
+    tensor = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), sizes)
+    tile = torch.arange(len(tensor), device="cpu") - (sizes.cumsum(0) - sizes)[tensor]
+    return torch.stack([tensor, tile], dim=1).to(torch.int32).to(device)
 
 
 @functools.cache

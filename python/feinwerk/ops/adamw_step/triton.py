@@ -1,0 +1,203 @@
+"""adamw_step in Triton: one launch for all tensors of a list that are cut alike.
+
+```
+   list of tensors ── by how they are cut ──> a table of addresses, sizes and step sizes, uploaded
+                                              beside the step before; one kernel over all tiles
+```
+Nothing is read back: clip_coef, grad_scale and found_inf stay on the GPU. The kernels and their
+tiles are in triton_kernels.py, the 8-bit codes in triton_codes.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from feinwerk.ops.adamw_step.triton_codes import tables_on
+from feinwerk.ops.adamw_step.triton_kernels import (
+    COLUMNS,
+    adamw_step_coded_kernel,
+    adamw_step_large_kernel,
+    adamw_step_plain_kernel,
+)
+from feinwerk.triton_lib import INTERPRETED, Gpu, addresses, gpu_of, launch, tiles_on, upload
+
+Tensors = Sequence[torch.Tensor]
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
+}
+# A thread has so many consecutive elements, of every dtype: 8 bytes of codes, two 16-byte words of
+# fp32. A block of 256 is then a warp's own, whose maxima need no shared memory.
+_VECTORS = (8, 4)
+_LARGEST = 2**31
+
+
+class Choice(NamedTuple):
+    """How tensors are cut: the one place that decides it."""
+
+    plain: int  # elements of a program without codes
+    coded: int  # and with codes
+    largest: int  # block that a program holds; larger ones go in pieces
+    warps: int
+
+
+class Cut(NamedTuple):
+    """What tensors of one launch have in common."""
+
+    size: int  # power of two that holds a block of codes; 0 without codes
+    whole: bool  # every block has `size` elements
+    vector: int
+    dense: bool  # random words are drawn by the counter
+
+
+def choose(gpu: Gpu) -> Choice:
+    """Return the configuration for a GPU."""
+    if gpu.backend == "interpreter":
+        return Choice(8192, 8192, 1024, 4)  # few programs: their number is what takes time there
+    return Choice(1024, 2048, 4096, 4)
+
+
+def adamw_step(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    exp_avg_absmaxes: Tensors,
+    exp_avg_sq_absmaxes: Tensors,
+    remainders: Tensors,
+    steps: Sequence[int],
+    parameter_ids: Sequence[int],
+    first_elements: Sequence[int],
+    seed: torch.Tensor | None = None,
+    clip_coef: torch.Tensor | None = None,
+    grad_scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    blocksize: int = 256,
+    maximize: bool = False,
+) -> Any:
+    """Update every parameter and its states in place, unless `found_inf` is not zero."""
+    if not params:
+        return None
+    device = params[0].device
+    if (device.type == "cpu" and not INTERPRETED) or any(p.device != device for p in params):
+        return NotImplemented
+    master = "remainder" if remainders else "fp32"
+    if not remainders and params[0].dtype is torch.bfloat16:
+        master = "stochastic"
+    lists = [params, grads, exp_avgs, exp_avg_sqs]
+    coded = exp_avgs[0].dtype is torch.uint8
+    lists += [exp_avg_absmaxes, exp_avg_sq_absmaxes] if coded else [(), ()]
+    lists.append(remainders)
+    choice = choose(gpu_of(device))
+    kept: list[list[torch.Tensor]] = []  # until the launch: gradients may be copies
+    tables: dict[Cut, tuple[list[int], list[int]]] = {}
+    numbers: dict[int, tuple[int, int]] = {}
+    for i, param in enumerate(params):
+        if param.numel() == 0:
+            continue
+        tensors = [tensors[i].contiguous() if tensors else param for tensors in lists]
+        kept.append(tensors)
+        places = addresses(tensors)
+        rows = param.shape[0] if param.dim() > 1 else 1
+        cols = param.numel() // rows
+        block = min(blocksize, cols)
+        blocks = rows * -(-cols // block)
+        if coded and blocks // rows >= _LARGEST // 2:
+            return NotImplemented
+        dense = master == "stochastic" and first_elements[i] % 64 == 0
+        divisor = math.gcd(cols, block) if coded else param.numel()
+        cut = _cut(coded, choice, cols, block, _vector(tensors, places, divisor), dense)
+        if cut.size == 0:
+            count, tiles = param.numel(), -(-param.numel() // choice.plain)
+        else:
+            count, tiles = blocks, -(-blocks // _blocks(cut, choice))
+        if steps[i] not in numbers:
+            numbers[steps[i]] = _numbers(lr, beta1, beta2, steps[i])
+        table, counts = tables.setdefault(cut, ([], []))
+        row = (steps[i] << 32) + parameter_ids[i]
+        table += (*places, *numbers[steps[i]], count, cols, block, first_elements[i], row, 0, 0)
+        counts.append(tiles)
+    optional = [_there(x, device) for x in (clip_coef, grad_scale, found_inf, seed)]
+    scalars = (-1.0 if maximize else 1.0, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay)
+    scalars = tuple(float(x) for x in scalars)
+    for cut, (table, counts) in tables.items():
+        where = upload(table, device), tiles_on(tuple(counts), device)
+        shared = {
+            "GRAD_DTYPE": _DTYPES[grads[0].dtype],
+            "MASTER": master,
+            "VEC": cut.vector,
+            "COLUMNS": COLUMNS,
+            "num_warps": choice.warps,
+        }
+        grid = (sum(counts),)
+        if not coded:
+            launch(
+                adamw_step_plain_kernel, grid, *where, *optional, *scalars, DENSE=cut.dense,
+                STATE=_DTYPES[exp_avgs[0].dtype], ELEMENTS=choice.plain, **shared,
+            )  # fmt: skip
+        elif cut.size > choice.largest:
+            launch(
+                adamw_step_large_kernel, grid, *where, tables_on(device), *optional, *scalars,
+                PIECE=choice.coded, **shared,
+            )  # fmt: skip
+        else:
+            launch(
+                adamw_step_coded_kernel, grid, *where, tables_on(device), *optional, *scalars,
+                BLOCKS=_blocks(cut, choice), SIZE=cut.size, WHOLE=cut.whole, DENSE=cut.dense,
+                **shared,
+            )  # fmt: skip
+    return None
+
+
+def _cut(coded: bool, choice: Choice, cols: int, block: int, vector: int, dense: bool) -> Cut:
+    if not coded:
+        return Cut(0, False, vector, dense)
+    size = triton.next_power_of_2(block)
+    if size > choice.largest:
+        return Cut(2 * choice.largest, False, vector, False)  # one launch for all sizes
+    whole = size == block and cols % block == 0
+    return Cut(size, whole, vector, dense and whole)
+
+
+def _blocks(cut: Cut, choice: Choice) -> int:
+    """Blocks of a program."""
+    return 1 if cut.size > choice.largest else max(1, choice.coded // cut.size)
+
+
+def _vector(tensors: Tensors, places: Sequence[int], divisor: int) -> int:
+    """How many elements may be moved at once; absmax is read one by one."""
+    moved = [*zip(tensors, places, strict=True)]
+    moved = moved[:4] + moved[6:]
+    for vector in _VECTORS:
+        aligned = all(place % (vector * tensor.element_size()) == 0 for tensor, place in moved)
+        if aligned and divisor % vector == 0:
+            return vector
+    return 1
+
+
+def _numbers(lr: float, beta1: float, beta2: float, step: int) -> tuple[int, int]:
+    """The bits of what depends on the step, computed in double and rounded once."""
+    numbers = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
+    bits = torch.tensor(numbers, dtype=torch.float32, device="cpu").view(torch.int32).tolist()
+    return bits[0], bits[1]
+
+
+def _there(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """A number on the device of the parameters; the GPU is not waited for."""
+    if value is None or value.device == device:
+        return value
+    return value.to(device, non_blocking=True)
