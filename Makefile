@@ -22,7 +22,7 @@ NATIVE := $(shell find csrc -type f 2>/dev/null)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc)
 
 .DELETE_ON_ERROR:
-.PHONY: all help check build quickstart test test-full bench lint format types layout sanitize \
+.PHONY: all help check build quickstart test test-full bench bench-gpu lint format types layout sanitize \
         wheel wheel-smoke triton-gate triton-record clean
 
 all: build
@@ -33,6 +33,7 @@ help:
 	@echo "make test         the test suite; test-full: every ISA x dtype x size (ARGS=...)"
 	@echo "make triton-gate  compile every Triton kernel ahead of time; triton-record: record it"
 	@echo "make bench        benchmarks beside their peers (OP= SHAPE= ISA= ARGS=...)"
+	@echo "make bench-gpu    every op's correctness and speed on this machine's GPU (GPU_OUT= ARGS=...)"
 	@echo "make lint         ruff and clang-format; types: mypy --strict; layout: who imports whom"
 	@echo "make sanitize     the C++ core under AddressSanitizer and UBSan"
 	@echo "make wheel-smoke  build a wheel and try it in a clean environment"
@@ -105,6 +106,12 @@ triton-record: build
 
 bench: build
 	@OP="$(OP)" SHAPE="$(SHAPE)" ISA="$(ISA)" $(PY) -m benchmarks $(ARGS)
+
+# Needs torch for the GPU and Triton, no extension and no environment of ours: GPU_PYTHON=python3.
+GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),python3)
+GPU_OUT ?= build/bench-gpu
+bench-gpu:
+	@PYTHONPATH="python:.$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m benchmarks.gpu --out "$(GPU_OUT)" $(ARGS)
 
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inc' 'tests/c/*.c' 'tests/c/*.h' 'tests/c/*.cpp')
 lint: $(STAMPS)/packages

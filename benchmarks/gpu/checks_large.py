@@ -133,7 +133,7 @@ def _layer(kind: type, N: int, K: int, device: torch.device) -> torch.nn.Module:
     torch.manual_seed(0)
     with testing.use_backend("reference"):
         base = nn.NF4Linear.from_linear(torch.nn.Linear(K, N, bias=False))
-        layer: torch.nn.Module = kind(base, 16)
+        layer: torch.nn.Module = kind(base, 16, lora_alpha=32)
         with torch.no_grad():
             for name, p in layer.named_parameters():
                 if p.requires_grad and name.endswith("lora_B"):
