@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,9 +88,11 @@ def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 def upload(values: Sequence[int], device: torch.device) -> torch.Tensor:
     """Return integers as an int64 tensor on a device, without waiting for it."""
-    pinned = device.type == "cuda"
-    table = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=pinned)
-    return table.to(device, non_blocking=True)
+    # Of many integers an array is made faster than a tensor.
+    table = torch.frombuffer(array("q", values), dtype=torch.int64)
+    if device.type == "cuda":
+        return table.pin_memory().to(device, non_blocking=True)
+    return table.to(device)
 
 
 @functools.lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ tiles are in triton_kernels.py, the 8-bit codes in triton_codes.py.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -58,6 +59,14 @@ class Cut(NamedTuple):
     dense: bool  # random words are drawn by the counter
 
 
+class Plan(NamedTuple):
+    """How one tensor is cut."""
+
+    cut: Cut
+    tiles: int
+    sizes: tuple[int, int, int]  # elements or blocks, of a row, of a block
+
+
 def choose(gpu: Gpu) -> Choice:
     """Return the configuration for a GPU."""
     if gpu.backend == "interpreter":
@@ -98,39 +107,33 @@ def adamw_step(
     master = "remainder" if remainders else "fp32"
     if not remainders and params[0].dtype is torch.bfloat16:
         master = "stochastic"
-    lists = [params, grads, exp_avgs, exp_avg_sqs]
     coded = exp_avgs[0].dtype is torch.uint8
-    lists += [exp_avg_absmaxes, exp_avg_sq_absmaxes] if coded else [(), ()]
-    lists.append(remainders)
+    # Copies live until the launch; all others are contiguous.
+    grads = [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
+    lists = [params, grads, exp_avgs, exp_avg_sqs, remainders or params]
+    scales = [exp_avg_absmaxes, exp_avg_sq_absmaxes] if coded else [params, params]
+    # Multiplied so that all of them must be multiples of the same.
+    factors = [4 // tensors[0].element_size() for tensors in lists]
     choice = choose(gpu_of(device))
-    kept: list[list[torch.Tensor]] = []  # until the launch: gradients may be copies
     tables: dict[Cut, tuple[list[int], list[int]]] = {}
     numbers: dict[int, tuple[int, int]] = {}
-    for i, param in enumerate(params):
+    places = [addresses(tensors) for tensors in (*lists, *scales)]
+    for i, (param, *at) in enumerate(zip(params, *places, strict=True)):
         if param.numel() == 0:
             continue
-        tensors = [tensors[i].contiguous() if tensors else param for tensors in lists]
-        kept.append(tensors)
-        places = addresses(tensors)
-        rows = param.shape[0] if param.dim() > 1 else 1
-        cols = param.numel() // rows
-        block = min(blocksize, cols)
-        blocks = rows * -(-cols // block)
-        if coded and blocks // rows >= _LARGEST // 2:
-            return NotImplemented
+        apart = 0
+        for place, factor in zip(at, factors, strict=False):
+            apart |= place * factor
         dense = master == "stochastic" and first_elements[i] % 64 == 0
-        divisor = math.gcd(cols, block) if coded else param.numel()
-        cut = _cut(coded, choice, cols, block, _vector(tensors, places, divisor), dense)
-        if cut.size == 0:
-            count, tiles = param.numel(), -(-param.numel() // choice.plain)
-        else:
-            count, tiles = blocks, -(-blocks // _blocks(cut, choice))
+        plan = _plan(param.shape, blocksize, coded, apart % (4 * _VECTORS[0]), dense, choice)
+        if plan is None:
+            return NotImplemented
         if steps[i] not in numbers:
             numbers[steps[i]] = _numbers(lr, beta1, beta2, steps[i])
-        table, counts = tables.setdefault(cut, ([], []))
+        table, counts = tables.setdefault(plan.cut, ([], []))
         row = (steps[i] << 32) + parameter_ids[i]
-        table += (*places, *numbers[steps[i]], count, cols, block, first_elements[i], row, 0, 0)
-        counts.append(tiles)
+        table += (*at, *numbers[steps[i]], *plan.sizes, first_elements[i], row, 0, 0)
+        counts.append(plan.tiles)
     optional = [_there(x, device) for x in (clip_coef, grad_scale, found_inf, seed)]
     scalars = (-1.0 if maximize else 1.0, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay)
     scalars = tuple(float(x) for x in scalars)
@@ -163,30 +166,44 @@ def adamw_step(
     return None
 
 
-def _cut(coded: bool, choice: Choice, cols: int, block: int, vector: int, dense: bool) -> Cut:
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    shape: torch.Size, blocksize: int, coded: bool, apart: int, dense: bool, choice: Choice
+) -> Plan | None:
+    """How a tensor is cut; None for more blocks a row than the kernel counts.
+
+    Args:
+        shape: of the parameter, not empty.
+        blocksize: elements of a block of codes.
+        coded: with codes.
+        apart: the addresses modulo 4 * the most elements that are moved at once.
+        dense: random words may be drawn by the counter.
+        choice: for the GPU.
+    """
+    rows = shape[0] if len(shape) > 1 else 1
+    elements = shape.numel()
+    cols = elements // rows
+    block = min(blocksize, cols)
+    a_row = -(-cols // block)
+    divisor = math.gcd(cols, block) if coded else elements
+    fitting = (n for n in _VECTORS if apart % (4 * n) == 0 and divisor % n == 0)
+    vector = next(fitting, 1)
     if not coded:
-        return Cut(0, False, vector, dense)
+        tiles = -(-elements // choice.plain)
+        return Plan(Cut(0, False, vector, dense), tiles, (elements, cols, block))
+    if 2 * a_row >= _LARGEST:
+        return None
     size = triton.next_power_of_2(block)
-    if size > choice.largest:
-        return Cut(2 * choice.largest, False, vector, False)  # one launch for all sizes
     whole = size == block and cols % block == 0
-    return Cut(size, whole, vector, dense and whole)
+    cut = Cut(size, whole, vector, dense and whole)
+    if size > choice.largest:
+        cut = Cut(2 * choice.largest, False, vector, False)  # one launch for all sizes
+    return Plan(cut, -(-rows * a_row // _blocks(cut, choice)), (rows * a_row, cols, block))
 
 
 def _blocks(cut: Cut, choice: Choice) -> int:
     """Blocks of a program."""
     return 1 if cut.size > choice.largest else max(1, choice.coded // cut.size)
-
-
-def _vector(tensors: Tensors, places: Sequence[int], divisor: int) -> int:
-    """How many elements may be moved at once; absmax is read one by one."""
-    moved = [*zip(tensors, places, strict=True)]
-    moved = moved[:4] + moved[6:]
-    for vector in _VECTORS:
-        aligned = all(place % (vector * tensor.element_size()) == 0 for tensor, place in moved)
-        if aligned and divisor % vector == 0:
-            return vector
-    return 1
 
 
 def _numbers(lr: float, beta1: float, beta2: float, step: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from feinwerk.ops.adamw_step.triton_codes import look_up, signed_codes, unsigned
 from feinwerk.triton_lib import philox_word, philox_words
 
 # Columns of the table.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, ABSMAX, ABSMAX_SQ, REMAINDER = (tl.constexpr(i) for i in range(7))
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, REMAINDER, ABSMAX, ABSMAX_SQ = (tl.constexpr(i) for i in range(7))
 STEP_SIZE, CORRECTION, COUNT, COLS, BLOCK, FIRST, ROW = (tl.constexpr(i) for i in range(7, 14))
 COLUMNS = 16
 
