@@ -24,6 +24,7 @@ from feinwerk.optim.disk_offload import DiskOffload
 from feinwerk.optim.errors import ShardingError
 from feinwerk.optim.gatherer import ParameterGatherer
 from feinwerk.optim.gradient_norm import norm_of
+from feinwerk.optim.host_transfers import to_device, to_host
 from feinwerk.optim.local_gradients import LocalGradients
 from feinwerk.optim.memory_states import MemoryStates
 from feinwerk.optim.reducer import GradientReducer
@@ -164,15 +165,20 @@ class ShardedStep:
         ]
 
     def _first_nonfinite(self, used: list[bool]) -> int:
+        # An infinity or a NaN survives every sum, so that one pass mostly suffices; the host waits
+        # for the answers of all buckets of a device together.
+        finite: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
+        for i in range(len(self.layout.buckets)):
+            if sums := self.gradients.sums(i):
+                answer = torch.stack(sums).isfinite().all()
+                finite.setdefault(answer.device, []).append((i, answer))
         bad = _NONE
-        for i, bucket in enumerate(self.layout.buckets):
-            # An infinity or a NaN survives every sum, so that one pass mostly suffices.
-            sums = self.gradients.sums(i)
-            if not sums or bool(torch.stack(sums).isfinite().all()):
-                continue
-            for slot in bucket.slots:
-                if not bool(self.gradients.gradient(i, slot).isfinite().all()):
-                    bad = min(bad, self.layout.indices[slot.index])
+        for answers in finite.values():
+            flags = torch.stack([answer for _, answer in answers]).tolist()
+            for i in (i for (i, _), flag in zip(answers, flags, strict=True) if not flag):
+                for slot in self.layout.buckets[i].slots:
+                    if not bool(self.gradients.gradient(i, slot).isfinite().all()):
+                        bad = min(bad, self.layout.indices[slot.index])
         return bad
 
     def step(
@@ -223,21 +229,21 @@ class ShardedStep:
     ) -> None:
         layout = self.layout
         states = self.states.take(i, slots)
-        by_group: dict[int, list[StepItem]] = {}
+        rows = [slot.rows_of(layout.params[slot.index].detach(), self._rank) for slot in slots]
+        grads = [self.gradients.gradient(i, slot) for slot in slots]
         back: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for slot, state in zip(slots, states, strict=True):
-            param = layout.params[slot.index]
-            rows = local = slot.rows_of(param.detach(), self._rank)
-            grad = self.gradients.gradient(i, slot)
-            home = next(tensor.device for name, tensor in state.items() if name != "step")
-            if home != rows.device:  # offloaded
-                local, grad = rows.to(home), grad.to(home)
-                back.append((rows, local))
+        local = rows
+        home = next(tensor.device for name, tensor in states[0].items() if name != "step")
+        if home != rows[0].device:  # offloaded; a bucket has one device
+            copies = to_host([*rows, *grads])
+            local, grads = copies[: len(rows)], copies[len(rows) :]
+            back = list(zip(rows, local, strict=True))
+        by_group: dict[int, list[StepItem]] = {}
+        for slot, state, param, grad in zip(slots, states, local, grads, strict=True):
             first = slot.row_range(self._rank)[0] * slot.row
-            item = StepItem(local, grad, state, layout.indices[slot.index], first)
+            item = StepItem(param, grad, state, layout.indices[slot.index], first)
             by_group.setdefault(layout.groups[slot.index], []).append(item)
         for group, items in by_group.items():
             step_parameters(items, groups[group], clip_coef=clip_coef, grad_scale=grad_scale)
         self.states.put(i)
-        for rows, local in back:
-            rows.copy_(local)
+        to_device(back)

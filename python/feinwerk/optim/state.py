@@ -270,8 +270,8 @@ def step_parameters(
             kinds.setdefault(kind, []).append(item)
     for kind, members in kinds.items():
         _step_kind(members, group, kind[2] is torch.uint8, kind[3], clip_coef, grad_scale)
-    for item in items:
-        item.state["step"] += 1
+    if items:
+        torch._foreach_add_([item.state["step"] for item in items], 1)
 
 
 def _step_kind(
