@@ -17,13 +17,16 @@ import torch
 import triton
 import triton.language as tl
 
+from feinwerk.ops.nf4_dequantize.triton_planes import planes
 from feinwerk.triton_lib import Gpu, codebook_on, gpu_of, launch, load_absmax, nf4_values
+
+LOOKUPS = ("table", "planes", "select")  # "planes" is PTX
 
 
 class Choice(NamedTuple):
     """How a weight is cut and looked up: the one place that decides it."""
 
-    lookup: str  # nf4_values' LOOKUP
+    lookup: str  # one of LOOKUPS
     groups: int  # a program's groups of 16 output bytes
     warps: int
 
@@ -188,7 +191,7 @@ def nf4_dequantize_fwd_kernel(
             NESTED,
         )  # fmt: skip
         byte = tl.load(packed_ptr + (start + distance) // 2, mask=live, other=0)
-        even, odd = nf4_values(byte, codebook_ptr, LOOKUP)
+        even, odd = nf4_values(byte, codebook_ptr, "table")
         value = tl.where((start + distance) % 2 == 0, even, odd) * scale
         tl.store(target, value.to(out_ptr.dtype.element_ty), mask=live)
     else:
@@ -201,7 +204,7 @@ def nf4_dequantize_fwd_kernel(
                 NESTED,
             )  # fmt: skip
             bytes = tl.load(source[:, None] + tl.arange(0, GROUP // 2)[None, :])
-            even, odd = nf4_values(bytes, codebook_ptr, LOOKUP)
+            even, odd = _values(bytes, codebook_ptr, LOOKUP)
             value = tl.join(even * scale[:, None], odd * scale[:, None])
             value = tl.reshape(value, [HEIGHT * WIDTH, GROUP]).to(out_ptr.dtype.element_ty)
             tl.store(target[:, None] + tl.arange(0, GROUP)[None, :], value)
@@ -213,8 +216,16 @@ def nf4_dequantize_fwd_kernel(
             rest = tl.where(live, columns - left - across, 0)[:, None]
             half = tl.arange(0, GROUP // 2)[None, :]
             bytes = tl.load(source[:, None] + half, mask=half * 2 < rest, other=0)
-            even, odd = nf4_values(bytes, codebook_ptr, LOOKUP)
+            even, odd = _values(bytes, codebook_ptr, LOOKUP)
             value = tl.join(even * scale[:, None], odd * scale[:, None])
             value = tl.reshape(value, [HEIGHT * WIDTH, GROUP]).to(out_ptr.dtype.element_ty)
             one = tl.arange(0, GROUP)[None, :]
             tl.store(target[:, None] + one, value, mask=one < rest)
+
+
+@triton.jit
+def _values(packed, codebook_ptr, LOOKUP: tl.constexpr):
+    if LOOKUP == "planes":
+        return planes(packed)
+    else:
+        return nf4_values(packed, codebook_ptr, LOOKUP)

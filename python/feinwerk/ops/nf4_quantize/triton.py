@@ -11,6 +11,7 @@ which is exact because the bin's number, a rounded fp32 sum, never falls when v 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 
 from feinwerk.codebook import NF4_THRESHOLDS
-from feinwerk.triton_lib import gpu_of, launch
+from feinwerk.triton_lib import Gpu, gpu_of, launch
 
 # v * 16 + _SHIFT has the bin's number in the low 6 bits of its fp32 pattern: 1 for v = -1 to 33.
 # A NaN's low 6 bits are 0 or 63, entries that hold the code of NaN.
@@ -27,14 +28,43 @@ _INFINITY = tl.constexpr(0x7F800000)  # fp32 bits; those of a NaN are greater
 _TINY = tl.constexpr(1e-38)  # the CPU rule's floor of the divisor
 
 
+class Choice(NamedTuple):
+    """How a weight is cut: the one place that decides it."""
+
+    weights: int  # a program's, a multiple of the largest blocksize
+    warps: int
+
+
+def choose(gpu: Gpu) -> Choice:
+    """Return the configuration for a GPU."""
+    if gpu.backend == "interpreter":
+        return Choice(16384, 4)  # few programs: their number is what takes time there
+    return Choice(4096, 4)
+
+
 def nf4_quantize(
     weight: torch.Tensor,
     *,
     blocksize: int = 64,
     rule: str = "cpu",
     allow_non_finite: bool = False,
+    choice: Choice | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize block by block; one flag, read at the end, tells of NaN and infinity."""
+    """Quantize block by block; one flag, read at the end, tells of NaN and infinity.
+
+    Args:
+        weight: any shape, fp32, bf16 or fp16.
+        blocksize: elements per absmax.
+        rule: "cpu" or "cuda".
+        allow_non_finite: quantize NaN and infinity instead of raising, and never synchronise.
+        choice: another configuration than this GPU's own, for measurements.
+
+    Returns:
+        packed and absmax.
+
+    Raises:
+        ValueError: if the weight holds NaN or infinity and `allow_non_finite` is False.
+    """
     flat = weight.reshape(-1).contiguous()
     count = flat.numel()
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=flat.device)
@@ -42,13 +72,13 @@ def nf4_quantize(
     flag = None if allow_non_finite else torch.zeros(1, dtype=torch.int32, device=flat.device)
     table = _bins_on(flat.device, rule)
     options = {"GROUP": 16 // flat.element_size(), "CPU_RULE": rule == "cpu"}
-    per_program = 16384 if gpu_of(flat.device).backend == "interpreter" else 4096
+    choice = choice or choose(gpu_of(flat.device))
     whole, rest = divmod(count, blocksize)
     launch(
-        nf4_quantize_fwd_kernel, (-(-whole * blocksize // per_program),),
+        nf4_quantize_fwd_kernel, (-(-whole * blocksize // choice.weights),),
         flat, packed, absmax, flag, table, whole,
-        BLOCKSIZE=blocksize, BLOCKS=per_program // blocksize, CHECK=flag is not None,
-        num_warps=4, **options,
+        BLOCKSIZE=blocksize, BLOCKS=choice.weights // blocksize, CHECK=flag is not None,
+        num_warps=choice.warps, **options,
     )  # fmt: skip
     launch(
         nf4_quantize_last_fwd_kernel, (int(rest > 0),),
