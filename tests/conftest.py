@@ -47,16 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave to the interpreter's process the tests of kernels; the others have run without it."""
-    if not _library.interpreting():
-        return
-    kept, left = [], []
-    for item in items:
-        ours = "triton-interpret" in item.name or item.path.match(_INTERPRETED)
-        (kept if ours else left).append(item)
-    items[:] = kept
-    config.hook.pytest_deselected(items=left)
+    if _library.interpreting():
+        from tests import interpreted_tests
+
+        items[:], left = interpreted_tests.choose(items)
+        config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(params=testing.backend_ids())

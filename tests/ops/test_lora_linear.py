@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from feinwerk import testing
 from feinwerk.codebook import BLOCKSIZES
 from feinwerk.testing import assert_same_bits, make_x
 from feinwerk.testing.adapters import BASES, Adapter, AdapterCase, make_adapters
+from feinwerk.testing.interpreted import some
 
 # (N, K, r): one element, more rank than outputs, odd and prime, whole blocks, a rank beyond tiles.
 SHAPES = ((1, 1, 1), (7, 97, 16), (33, 130, 17), (64, 64, 3), (48, 576, 130), (130, 320, 16))
@@ -23,15 +25,15 @@ ADAPTER_DTYPES = (torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_values_and_gradients(backend: str, dtype: torch.dtype, base: str) -> None:
-    for i, (N, K, r) in enumerate(SHAPES):
-        for j, rows in enumerate(ROWS):
-            make_adapters(
-                N, K, rows, (r,), dtype=dtype, base=base,
-                adapter_dtype=ADAPTER_DTYPES[(i + j) % 2],
-                bias=(None, *testing.DTYPES)[(i + 2 * j) % 4],
-                lora_bias=(None, None, torch.float32, torch.bfloat16)[(i + j) % 4],
-                dropout_p=(0.0, 0.0, 0.3)[(2 * i + j) % 3],
-            ).check()  # fmt: skip
+    cases = itertools.product(enumerate(SHAPES), enumerate(ROWS))
+    for (i, (N, K, r)), (j, rows) in some(cases, 5):
+        make_adapters(
+            N, K, rows, (r,), dtype=dtype, base=base,
+            adapter_dtype=ADAPTER_DTYPES[(i + j) % 2],
+            bias=(None, *testing.DTYPES)[(i + 2 * j) % 4],
+            lora_bias=(None, None, torch.float32, torch.bfloat16)[(i + j) % 4],
+            dropout_p=(0.0, 0.0, 0.3)[(2 * i + j) % 3],
+        ).check()  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
@@ -43,20 +45,16 @@ def test_more_rows_than_a_chunk(backend: str, dtype: torch.dtype, dropout_p: flo
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_beyond_depth_blocks(backend: str, dtype: torch.dtype) -> None:
-    for N, K, r in ((5, 1100, 3), (700, 40, 3), (20, 90, 600), (9, 530, 257)):
-        for rows in (1, 3, 20):
-            make_adapters(N, K, rows, (r,), dtype=dtype, base="nested", dropout_p=0.1).check()
+    shapes = ((5, 1100, 3), (700, 40, 3), (20, 90, 600), (9, 530, 257))
+    for (N, K, r), rows in some(itertools.product(shapes, (1, 3, 20)), 3):
+        make_adapters(N, K, rows, (r,), dtype=dtype, base="nested", dropout_p=0.1).check()
 
 
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_every_blocksize(backend: str, blocksize: int) -> None:
-    for K in (96, 577):
-        for dtype in (torch.float32, torch.bfloat16):
-            for rows in (1, 20):
-                case = make_adapters(
-                    21, K, rows, (5,), dtype=dtype, base="nested", blocksize=blocksize
-                )
-                case.check()
+    dtypes = (torch.float32, torch.bfloat16)
+    for K, dtype, rows in some(itertools.product((96, 577), dtypes, (1, 20)), 3):
+        make_adapters(21, K, rows, (5,), dtype=dtype, base="nested", blocksize=blocksize).check()
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from feinwerk import nf4_linear_backward, testing
 from feinwerk.codebook import BLOCKSIZES
 from feinwerk.testing import assert_same_bits, assert_within_budget, make_weight, make_x
+from feinwerk.testing.interpreted import some
 
 OP = torch.ops.feinwerk.nf4_linear_backward.default
 
@@ -27,19 +30,15 @@ def check(weight: testing.WeightCase, rows: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_values(backend: str, dtype: torch.dtype, double_quant: bool) -> None:
-    for N, K in testing.SHAPES:
-        weight = make_weight(N, K, double_quant=double_quant)
-        for rows in testing.ROWS:
-            check(weight, rows, dtype)
+    for (N, K), rows in some(itertools.product(testing.SHAPES, testing.ROWS), 12):
+        check(make_weight(N, K, double_quant=double_quant), rows, dtype)
 
 
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_every_blocksize(backend: str, blocksize: int) -> None:
-    for K in (96, 577, 4096 + 64):
-        weight = make_weight(21, K, blocksize=blocksize, double_quant=True)
-        for rows in (1, 20):
-            check(weight, rows, torch.float32)
-            check(weight, rows, torch.bfloat16)
+    dtypes = (torch.float32, torch.bfloat16)
+    for K, rows, dtype in some(itertools.product((96, 577, 4096 + 64), (1, 20), dtypes), 4):
+        check(make_weight(21, K, blocksize=blocksize, double_quant=True), rows, dtype)
 
 
 @pytest.mark.parametrize("compute", ["exact", "int8"])

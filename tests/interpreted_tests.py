@@ -1,0 +1,44 @@
+"""Which tests the interpreter's process takes, which it leaves to `make test-full`, and why.
+
+Triton's interpreter needs tens of milliseconds for a program. In `make test` it therefore takes a
+few variants of every test function, drawn once for all; the others, with the same kernels and other
+dtypes or bases, run in `make test-full`. `feinwerk.testing.interpreted.some` does the same for the
+loops inside of a test.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from feinwerk.testing.interpreted import some
+
+VARIANTS = 4
+
+_THREADS = "threads of the CPU: torch's own products, which differ with their number"
+# Starts of test ids that say nothing about a kernel, and why.
+NOT_KERNELS = {
+    "tests/ops/test_nf4_linear.py::test_same_bits_for_any_thread_count": _THREADS,
+    "tests/ops/test_nf4_linear_backward.py::test_same_bits_for_any_thread_count": _THREADS,
+}
+# Starts of test ids that take too long for `make test`, and why.
+LONG: dict[str, str] = {}
+
+
+def choose(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """Return the interpreter's tests and the others; those for `make test-full` are marked."""
+    kept, left = [], []
+    by_function: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        ours = "triton-interpret" in item.name or item.path.match("ops/test_triton_*.py")
+        if not ours or item.nodeid.startswith(tuple(NOT_KERNELS)):
+            left.append(item)
+            continue
+        kept.append(item)
+        if "triton-interpret" in item.name and item.get_closest_marker("full") is None:
+            by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for name, variants in by_function.items():
+        early = [] if name.startswith(tuple(LONG)) else some(variants, VARIANTS)
+        for item in variants:
+            if item not in early:
+                item.add_marker(pytest.mark.full)
+    return kept, left
