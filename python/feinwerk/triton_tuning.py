@@ -6,22 +6,71 @@ because a sweep (benchmarks/gpu_sweep.py) or an argument in docs/ops/<op>.md cho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class DecodeChoice:
+    """The decode kernel's tile: block_n rows of W, steps x 64 elements of K at a time."""
+
+    block_n: int = 64
+    steps: int = 2
+    warps: int = 2
+    stages: int = 3
+    programs: int = 6  # per multiprocessor, which K is split for
+    splits: int = 0  # if not 0, overrides what programs gives
+
+
+@dataclass(frozen=True)
+class TileChoice:
+    """The tile kernels' tile: rows of x, rows of W, elements of K."""
+
+    block_m: int = 64
+    block_n: int = 128
+    block_k: int = 64
+    warps: int = 4
+    stages: int = 3
+    programs: int = 2  # per multiprocessor, which the summed dimension is split for
+    least_steps: int = 8  # a part of the summed dimension has at least so many
+    splits: int = 0  # if not 0, overrides what programs gives
+    lookup: str = "table"  # nf4_values' LOOKUP
 
 
 @dataclass(frozen=True)
 class LinearTuning:
     """How nf4_linear and its gradient are served, by the number of rows M of x.
 
-    M <= decode_rows takes the decode kernel, M <= tile_rows the fused tile kernel, and the others
-    dequantize a slab of the weight at a time and multiply with it.
+    M <= decode_rows takes the decode kernel, M <= tile_rows (tile_rows_transposed for the gradient)
+    the tile kernel, and the others dequantize a slab of the weight at a time and multiply with it.
+    fp32 has limits of its own.
     """
 
+    decode_rows: int = 16
+    decode_outputs: int = 128  # fewer outputs take the tile kernel: docs/ops/nf4_linear.md says why
+    tile_rows: int = 64
+    tile_rows_transposed: int = 32
+    tile_rows_fp32: int = 8
     slab_bytes: int = 16 << 20  # a dense slab and what it is multiplied with stay in L2
+    decode: DecodeChoice = field(default_factory=DecodeChoice)
+    tile: TileChoice = field(default_factory=TileChoice)
+    transposed: TileChoice = field(default_factory=lambda: TileChoice(block_n=64))
+    tile_fp32: TileChoice = field(
+        default_factory=lambda: TileChoice(block_m=16, block_n=32, programs=4)
+    )
 
 
 _LINEAR: dict[tuple[str, str], LinearTuning] = {
-    ("interpreter", "none"): LinearTuning(slab_bytes=1 << 14),
+    # A program costs a millisecond there, and torch's own products depend on the threads.
+    ("interpreter", "none"): LinearTuning(
+        tile_rows=1 << 30,
+        tile_rows_transposed=1 << 30,
+        tile_rows_fp32=1 << 30,
+        slab_bytes=1 << 14,
+        decode=DecodeChoice(block_n=128, steps=2),
+        tile=TileChoice(block_m=128, block_n=128, block_k=128, least_steps=2),
+        transposed=TileChoice(block_m=128, block_n=128, block_k=256, least_steps=1),
+        tile_fp32=TileChoice(block_m=128, block_n=128, block_k=256, least_steps=1),
+    ),
 }
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 
 from feinwerk.ops.nf4_dequantize.triton import dequantize_tile
+from feinwerk.ops.nf4_linear.triton_decode import RUN, decode
+from feinwerk.ops.nf4_linear.triton_tile import multiply_tile, multiply_transposed_tile
 from feinwerk.triton_lib import gpu_of
 from feinwerk.triton_tuning import LinearTuning, linear_tuning
 
@@ -80,6 +82,15 @@ def multiply(
     if x2d.shape[0] == 0:
         return y
     tuning = tuning or _tuning_of(x2d)
+    rows, wide = x2d.shape[0], x2d.dtype is torch.float32
+    in_runs = K % RUN == 0 and blocksize % RUN == 0
+    if rows <= tuning.decode_rows and not wide and in_runs and tuning.decode_outputs <= N:
+        decode(x2d, tables, bias, y, blocksize=blocksize, choice=tuning.decode)
+        return y
+    if rows <= (tuning.tile_rows_fp32 if wide else tuning.tile_rows):
+        choice = tuning.tile_fp32 if wide else tuning.tile
+        multiply_tile(x2d, tables, bias, y, blocksize=blocksize, choice=choice)
+        return y
     # addmm adds its first argument in fp32 and rounds once; it wants it in y's dtype.
     bias = None if bias is None else bias.detach().to(x2d.dtype)
     steps = slabs(tables, N, K, blocksize, x2d.dtype, by="rows", tuning=tuning)
@@ -109,6 +120,11 @@ def multiply_transposed(
     if grad2d.shape[0] == 0:
         return grad_x
     tuning = tuning or _tuning_of(grad2d)
+    wide = grad2d.dtype is torch.float32
+    if grad2d.shape[0] <= (tuning.tile_rows_fp32 if wide else tuning.tile_rows_transposed):
+        choice = tuning.tile_fp32 if wide else tuning.transposed
+        multiply_transposed_tile(grad2d, tables, grad_x, blocksize=blocksize, choice=choice)
+        return grad_x
     steps = slabs(tables, N, K, blocksize, grad2d.dtype, by="columns", tuning=tuning)
     for begin, end, slab in steps:
         torch.mm(grad2d, slab, out=grad_x[:, begin:end])

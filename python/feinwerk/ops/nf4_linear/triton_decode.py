@@ -1,0 +1,170 @@
+"""nf4_linear for few rows of x (decoding): the weight is read once, absmax applied after the dot.
+
+```
+   a program: BLOCK_N rows of W, a part of K       a step: STEPS runs of 64 elements, 32 bytes a row
+   even[BLOCK_N, 32] @ x[:, 0::2]^T  +  odd[BLOCK_N, 32] @ x[:, 1::2]^T  =  the run's dot products
+   acc += absmax[:, None] * dot products
+```
+The high and the low nibbles are operands of their own, so that nothing is interleaved, and W is the
+left operand, so that its codes become values in registers. x arrives in pairs of elements, as
+32-bit words. Parts of K are summed in order by a second kernel, which adds the bias and rounds.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from feinwerk.ops.nf4_linear import triton_prmt
+from feinwerk.triton_lib import gpu_of, launch, load_absmax, nf4_values
+from feinwerk.triton_tuning import DecodeChoice
+
+# absmax and 64 elements of a row: what the kernel takes at a time.
+RUN = 64
+
+
+def decode(
+    x: torch.Tensor,
+    tables: tuple[torch.Tensor | None, ...],
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    *,
+    blocksize: int,
+    choice: DecodeChoice,
+) -> None:
+    """Fill y [M, N], unit column stride, with x W^T + bias for up to 16 contiguous rows of x.
+
+    x is bf16 or fp16. K and the blocksize are multiples of 64.
+    """
+    M, K = x.shape
+    N = y.shape[1]
+    gpu = gpu_of(x.device)
+    lookup = "prmt" if gpu.backend == "cuda" else "select"
+    runs = -(-K // (RUN * choice.steps))  # of choice.steps each
+    tiles = -(-N // choice.block_n)
+    splits = choice.splits or max(1, min(runs, choice.programs * gpu.multiprocessors // tiles))
+    part = -(-runs // splits)
+    splits = -(-runs // part)
+    whole = splits == 1
+    out = y if whole else torch.empty((splits, M, N), dtype=torch.float32, device=x.device)
+    packed, absmax, nested_absmax, nested_codebook, nested_offset = tables
+    launch(
+        nf4_linear_decode_fwd_kernel, (tiles, splits),
+        pairs(x), packed, absmax, nested_absmax, nested_codebook, nested_offset, bias, out,
+        M, N, K, out.stride(-2), part,
+        BLOCKSIZE=blocksize, BLOCK_M=8 if M <= 8 else 16, BLOCK_N=choice.block_n,
+        STEPS=choice.steps, EVEN=K % (RUN * choice.steps) == 0, WHOLE=whole,
+        FP16=x.dtype is torch.float16, NESTED=nested_absmax is not None, LOOKUP=lookup,
+        ASSEMBLY=triton_prmt.assembly(x.dtype) if lookup == "prmt" else "",
+        DIVISOR=triton_prmt.SCALES[x.dtype] if lookup == "prmt" else 1.0,
+        STAGES=choice.stages, num_warps=choice.warps,
+    )  # fmt: skip
+    if not whole:
+        finish(out, bias, y)
+
+
+def pairs(x: torch.Tensor) -> torch.Tensor:
+    """Return 16-bit x as words: an even element, the low half, and the odd one after it."""
+    if x.storage_offset() % 8:
+        x = x.clone()  # a word, and the 16 bytes of a vector load, want their alignment
+    return x.view(torch.int32)
+
+
+def finish(parts: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+    """Fill y with the sum of parts [splits, M, N], in order, and the bias, rounded once."""
+    splits, M, N = parts.shape
+    launch(
+        nf4_linear_finish_fwd_kernel, (-(-N // 256), M),
+        parts, bias, y, N, y.stride(0), splits, M * N, BLOCK=256, num_warps=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _permuted(codes, ASSEMBLY: tl.constexpr, FP16: tl.constexpr):
+    """The even and the odd elements of bytes, times c: see triton_prmt."""
+    if FP16:
+        return tl.inline_asm_elementwise(
+            ASSEMBLY, "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            ASSEMBLY, "=r,=r,=r,=r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True,
+            pack=4,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "part"])
+def nf4_linear_decode_fwd_kernel(
+    x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr,
+    bias_ptr, out_ptr, M, N, K, out_stride, part,
+    BLOCKSIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
+    EVEN: tl.constexpr, WHOLE: tl.constexpr, FP16: tl.constexpr, NESTED: tl.constexpr,
+    LOOKUP: tl.constexpr, ASSEMBLY: tl.constexpr, DIVISOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Multiply BLOCK_N rows of W, `part` steps of K, with all rows of x."""
+    HALF: tl.constexpr = 32
+    dtype: tl.constexpr = tl.float16 if FP16 else tl.bfloat16
+    split = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    half = tl.arange(0, HALF)
+    row = tl.minimum(n, N - 1).to(tl.int64)  # rows past the end repeat the last one
+    source = packed_ptr + row[:, None] * (K // 2) + half[None, :]
+    pair = x_ptr + m[None, :] * (K // 2) + half[:, None]
+    x_mask = (m < M)[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    first = split * part * (STEPS * HALF)
+    last = tl.minimum(first + part * (STEPS * HALF), K // 2)
+    for begin in tl.range(first, last, STEPS * HALF, num_stages=STAGES):
+        for step in tl.static_range(STEPS):
+            at = begin + step * HALF
+            block = (row * K + 2 * at) // BLOCKSIZE
+            if EVEN:
+                codes = tl.load(source + at)
+                words = tl.load(pair + at, mask=x_mask, other=0)
+                known = row >= 0
+            else:  # the last step may have fewer runs
+                inside = half < K // 2 - at
+                codes = tl.load(source + at, mask=inside[None, :], other=0)
+                words = tl.load(pair + at, mask=x_mask & inside[:, None], other=0)
+                known = row * 0 < K // 2 - at
+            scale = load_absmax(
+                absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr, block, known,
+                NESTED,
+            )  # fmt: skip
+            if LOOKUP == "prmt":
+                even, odd = _permuted(codes, ASSEMBLY, FP16)
+            else:
+                even, odd = nf4_values(codes, absmax_ptr, LOOKUP)
+                even = even.to(dtype)
+                odd = odd.to(dtype)
+            x_even = (words & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+            x_odd = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+            dots = tl.dot(even, x_even)
+            dots = tl.dot(odd, x_odd, dots)
+            acc = tl.fma(dots, tl.broadcast_to(scale[:, None], [BLOCK_N, BLOCK_M]), acc)
+    acc = acc * (1.0 / DIVISOR)
+    live = (n < N)[:, None] & x_mask
+    to = (split * M + m).to(tl.int64)[None, :] * out_stride + n[:, None]
+    if WHOLE and bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    tl.store(out_ptr + to, acc.to(out_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def nf4_linear_finish_fwd_kernel(
+    parts_ptr, bias_ptr, y_ptr, N, y_stride, splits, size, BLOCK: tl.constexpr
+):
+    """Sum the parts of one row in order, add the bias, round once."""
+    m = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = n < N
+    total = tl.zeros([BLOCK], tl.float32)
+    source = parts_ptr + m * N + n
+    for _ in range(0, splits):
+        total += tl.load(source, mask=mask, other=0.0)
+        source += size
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + m * y_stride + n, total.to(y_ptr.dtype.element_ty), mask=mask)
