@@ -147,9 +147,9 @@ def _launch(
         nf4_dequantize_fwd_kernel, (pieces * -(-rows // height),),
         out, indices, packed, absmax, nested_absmax, nested_codebook, nested_offset,
         codebook_on(out.device), first, K, N, rows, columns, pieces,
-        BLOCKSIZE=blocksize, GROUP=group, HEIGHT=height, WIDTH=width,
-        GATHER=indices is not None, NESTED=nested_absmax is not None, LOOKUP=choice.lookup,
-        num_warps=choice.warps, **options,
+        BLOCK_BITS=blocksize.bit_length() - 1, GROUP=group, HEIGHT=height, WIDTH=width,
+        ONE_ROW=not strided, GATHER=indices is not None, NESTED=nested_absmax is not None,
+        LOOKUP=choice.lookup, num_warps=choice.warps, **options,
     )  # fmt: skip
 
 
@@ -157,45 +157,49 @@ def _launch(
 def nf4_dequantize_fwd_kernel(
     out_ptr, indices_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_codebook_ptr,
     nested_offset_ptr, codebook_ptr, first, K, N, rows, columns, pieces,
-    BLOCKSIZE: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    GATHER: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
+    BLOCK_BITS: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    ONE_ROW: tl.constexpr, GATHER: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
 ):  # fmt: skip
     """Decode HEIGHT rows of WIDTH groups; groups of one weight serve any alignment."""
-    pid = tl.program_id(0).to(tl.int64)
-    top = pid // pieces * HEIGHT
-    left = pid % pieces * (WIDTH * GROUP)
+    pid = tl.program_id(0)
     lane = tl.arange(0, HEIGHT * WIDTH)
     down = lane // WIDTH
     across = lane % WIDTH * GROUP
+    if ONE_ROW:
+        top = tl.zeros([], tl.int64)
+        left = pid.to(tl.int64) * (WIDTH * GROUP)
+    else:
+        top = (pid // pieces).to(tl.int64) * HEIGHT
+        left = (pid % pieces).to(tl.int64) * (WIDTH * GROUP)
     live = (top + down < rows) & (left + across < columns)
     target = out_ptr + tl.multiple_of(top * columns + left, GROUP) + across
     if HEIGHT > 1:
         target += down * tl.multiple_of(columns.to(tl.int64), GROUP)
+    distance = across
     if GATHER:
         row = tl.load(indices_ptr + top + down, mask=top + down < rows, other=0).to(tl.int64)
         inside = (row >= 0) & (row < N)
         tl.device_assert(inside, "nf4_embedding: indices must be in [0, N)")
         start = tl.multiple_of(left, GROUP)
-        distance = tl.where(inside, row, 0) * tl.multiple_of(K.to(tl.int64), GROUP) + across
-    elif HEIGHT == 1:
-        start = tl.multiple_of(first + top * K + left, GROUP)
-        distance = across
+        distance += tl.where(inside, row, 0) * tl.multiple_of(K.to(tl.int64), GROUP)
     else:
         start = tl.multiple_of(first + top * K + left, GROUP)
-        distance = down * tl.multiple_of(K.to(tl.int64), GROUP) + across
-    # start is split into whole blocks and bytes, so that within a row's piece 32 bits suffice.
-    block = start // BLOCKSIZE + (start % BLOCKSIZE + distance) // BLOCKSIZE
+        if HEIGHT > 1:
+            distance += down * tl.multiple_of(K.to(tl.int64), GROUP)
+    # start is split into whole blocks and bytes, so that within one row 32 bits suffice.
+    within = (start & ((1 << BLOCK_BITS) - 1)).to(tl.int32) + distance
+    block = (start >> BLOCK_BITS) + (within >> BLOCK_BITS)
     if GROUP == 1:
         scale = load_absmax(
             absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr, block, live,
             NESTED,
         )  # fmt: skip
-        byte = tl.load(packed_ptr + (start + distance) // 2, mask=live, other=0)
+        byte = tl.load(packed_ptr + ((start + distance) >> 1), mask=live, other=0)
         even, odd = nf4_values(byte, codebook_ptr, "table")
-        value = tl.where((start + distance) % 2 == 0, even, odd) * scale
+        value = tl.where((start + distance) & 1 == 0, even, odd) * scale
         tl.store(target, value.to(out_ptr.dtype.element_ty), mask=live)
     else:
-        source = packed_ptr + start // 2 + distance // 2
+        source = packed_ptr + (start >> 1) + (distance >> 1)
         whole = (top + HEIGHT <= rows) & (left + WIDTH * GROUP <= columns)
         if whole:
             every = tl.full([HEIGHT * WIDTH], 1, tl.int1)
