@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 U = 2.0**-24
 
 # One rounding to bf16; what is left of an fp32 number that is split in two bf16 halves.
-BF16_ROUNDING, BF16_SPLIT = 2.0**-8, 2.0**-16
+BF16_ROUNDING, BF16_SPLIT, FP16_ROUNDING = 2.0**-8, 2.0**-16, 2.0**-11
 
 # The gradient of magnitude uses the saved y, rounded as it is, unless the gain is below the first
 # or the bias beyond the second times the root mean square of y - bias.
@@ -185,8 +185,10 @@ def _gain_error(case: AdapterCase, split: bool) -> dict[str, torch.Tensor]:
     return found
 
 
-def _rounded_output(case: AdapterCase, y: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the rounding of the saved y does to the gradient of each magnitude."""
+def _rounded_output(
+    case: AdapterCase, y: torch.Tensor, before: torch.Tensor | float
+) -> dict[str, torch.Tensor]:
+    """What the rounding of the saved y, and of the sum before it, does to each magnitude's."""
     y, dy, rows = y.reshape(-1, case.N), case.grad_y.reshape(-1, case.N).double(), case.rows_of()
     bias = torch.zeros(case.N) if case.bias is None else case.bias
     found = {}
@@ -199,6 +201,8 @@ def _rounded_output(case: AdapterCase, y: torch.Tensor) -> dict[str, torch.Tenso
             gain[2].abs() >= 0.99 * LEAST_GAIN
         )
         off = ulp(y_i, case.x.dtype) / 2 + 4 * U * y_i.abs()
+        if isinstance(before, torch.Tensor):
+            off = off + before[rows == i]
         if case.compute == "int8":
             off = off + _int8(case).reshape(-1, case.N)[rows == i]
         error = (dy_i.abs() * off).sum(dim=0) / one.magnitude.double().abs()
@@ -206,7 +210,9 @@ def _rounded_output(case: AdapterCase, y: torch.Tensor) -> dict[str, torch.Tenso
     return found
 
 
-def adapter_budget(case: AdapterCase, engine: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def adapter_budget(
+    case: AdapterCase, engine: bool, triton: bool = False
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return (truth, budget) of y and of every gradient, by name, fp64.
 
         2 max|plain - truth| + ulp(truth) + 4 sqrt(depth) 2^-24 sum|terms| + gain error
@@ -219,6 +225,8 @@ def adapter_budget(case: AdapterCase, engine: bool) -> dict[str, tuple[torch.Ten
         case: the call.
         engine: the products with W take bf16 operands: the gradient that passes through W is
             rounded once after the gain, and A meets W as two halves for the norm.
+        triton: with x in bf16 or fp16 the products with W are rounded before the adapter is added,
+            and their operands are of x's dtype: the gradient is rounded after the gain.
 
     Returns:
         (truth, budget) by name.
@@ -227,7 +235,11 @@ def adapter_budget(case: AdapterCase, engine: bool) -> dict[str, tuple[torch.Ten
     plain = _differentiated(case, torch.float32, "value")
     size = _differentiated(case, torch.float64, "size")
     gain = _gain_error(case, split=engine)
-    output = _rounded_output(case, truth["y"]) if case.dropout_p == 0 else {}
+    triton = triton and case.x.dtype is not torch.float32
+    before = _rounded_products(case) if triton else {}
+    output = {}
+    if case.dropout_p == 0:
+        output = _rounded_output(case, truth["y"], before["y"] if triton else 0.0)
     dtypes = {n: t.dtype for n, t in case.leaves().items()} | {"y": case.x.dtype}
     M, N, K = len(case.rows_of()), case.N, case.K
     found = {}
@@ -247,7 +259,9 @@ def adapter_budget(case: AdapterCase, engine: bool) -> dict[str, tuple[torch.Ten
         found[name] = (value, budget)
     if case.compute == "int8":
         found["y"] = (truth["y"], found["y"][1] + _int8(case))
-    if engine:
+    for name, value in before.items():
+        found[name] = (truth[name], found[name][1] + value.reshape(truth[name].shape))
+    if engine or triton:
         found["x"] = (truth["x"], found["x"][1] + _rounded_gradient(case))
     return found
 
@@ -273,9 +287,26 @@ def _int8(case: AdapterCase) -> torch.Tensor:
 
 
 def _rounded_gradient(case: AdapterCase) -> torch.Tensor:
-    """What one rounding of gain * grad_y to bf16 adds to the gradient of x, where there is DoRA."""
+    """What one rounding of gain * grad_y to 16 bits adds to the gradient of x, with DoRA."""
     gain = _gain_of_rows(case)
     W = case.dense(case.x.dtype).double().abs()
     scaled = ((gain if case.dropout_p == 0 else gain - 1) * case.grad_y.reshape(-1, case.N)).abs()
     scaled = torch.where(gain == 1, 0.0, scaled)
-    return (BF16_ROUNDING * scaled @ W * case.dropout_factor()).reshape(case.x.shape)
+    rounding = FP16_ROUNDING if case.x.dtype is torch.float16 else BF16_ROUNDING
+    return (rounding * scaled @ W * case.dropout_factor()).reshape(case.x.shape)
+
+
+def _rounded_products(case: AdapterCase) -> dict[str, torch.Tensor]:
+    """What rounding each product with W to x's dtype adds to y and to the gradient of x."""
+    dtype, gain, factor = case.x.dtype, _gain_of_rows(case), case.dropout_factor()
+    W, x = case.dense(dtype).double(), case.x.reshape(-1, case.K).double()
+    dy = case.grad_y.reshape(-1, case.N).double()
+    bias = torch.zeros(case.N) if case.bias is None else case.bias
+    y = ulp(x @ W.t() + bias.double(), dtype) / 2
+    if case.dropout_p == 0:
+        return {"y": gain.abs() * y, "x": ulp((gain * dy) @ W, dtype) / 2}
+    again = ulp((factor * x) @ W.t(), dtype) / 2
+    return {
+        "y": y + (gain - 1).abs() * again,
+        "x": ulp(dy @ W, dtype) / 2 + factor * ulp(((gain - 1) * dy) @ W, dtype) / 2,
+    }

@@ -55,7 +55,7 @@ class AdapterCase:
     dropout_p: float = 0.0
     seed: torch.Tensor | None = None
     compute: str = "exact"
-    _bounds: dict[bool, dict[str, tuple[torch.Tensor, torch.Tensor]]] = field(
+    _bounds: dict[tuple[bool, bool], dict[str, tuple[torch.Tensor, torch.Tensor]]] = field(
         default_factory=dict, init=False
     )
 
@@ -159,24 +159,31 @@ class AdapterCase:
         factor[torch.argsort(rows, stable=True)] = drawn.double() / (1 - self.dropout_p)
         return factor
 
-    def bounds(self, bf16_engine: bool = False) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def bounds(
+        self, bf16_engine: bool = False, triton: bool = False
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """(truth, budget) of y and of every gradient, by name; computed once."""
-        if bf16_engine not in self._bounds:
-            self._bounds[bf16_engine] = adapter_budget(self, bf16_engine)
-        return self._bounds[bf16_engine]
+        kind = (bf16_engine, triton)
+        if kind not in self._bounds:
+            self._bounds[kind] = adapter_budget(self, bf16_engine, triton)
+        return self._bounds[kind]
 
     def check(self, got: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """Raise AssertionError unless everything in got (default: run()) is within the budget."""
         if got is None:
             got = self.run()
             assert got.keys() == {"y", *self.leaves()}
+        triton = _library.forced_backend() == "triton" or (
+            self.x.is_cuda and _library.forced_backend() is None
+        )
         engine = (
             self.x.dtype is torch.bfloat16
+            and not triton
             and _library.forced_backend() != "reference"
             and _native.available()
             and _native.isa() in BF16_ISAS
         )
-        leaves, bounds = self.leaves(), self.bounds(engine)
+        leaves, bounds = self.leaves(), self.bounds(engine, triton)
         for name, value in got.items():
             truth, budget = bounds[name]
             dtype = self.x.dtype if name == "y" else leaves[name].dtype

@@ -1,0 +1,95 @@
+"""The frozen product that adapters are added to, NF4 or dense, in slabs of W that stay in L2.
+
+After a slab's product the caller has its part of y, and the slab itself, in L2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from feinwerk.ops.nf4_linear.triton import multiply, multiply_transposed, slabs
+from feinwerk.triton_lib import gpu_of
+from feinwerk.triton_tuning import LinearTuning, linear_tuning
+
+# Slabs of a dense weight begin at multiples of so many rows or columns, as those of NF4 do.
+_STEP = 256
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen weight W~ [N, K], rounded to `dtype`: NF4's tables, or a dense weight and Nones."""
+
+    tables: tuple[torch.Tensor | None, ...]
+    N: int
+    K: int
+    blocksize: int
+    dtype: torch.dtype
+
+    @property
+    def dense(self) -> bool:
+        """Whether the weight is stored as numbers."""
+        return self.tables[1] is None
+
+    @property
+    def tuning(self) -> LinearTuning:
+        """nf4_linear's numbers for this GPU."""
+        weight = self.tables[0]
+        assert weight is not None
+        gpu = gpu_of(weight.device)
+        return linear_tuning(gpu.backend, gpu.arch)
+
+    def slabs(self, by: str = "rows") -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield (begin, end, slab of W~), [end - begin, K] by "rows", else [N, end - begin]."""
+        if not self.dense:
+            yield from slabs(self.tables, self.N, self.K, self.blocksize, self.dtype, by)
+            return
+        weight = self.tables[0]
+        assert weight is not None
+        count, other = (self.N, self.K) if by == "rows" else (self.K, self.N)
+        parts = max(1, -(-count * other * self.dtype.itemsize // self.tuning.slab_bytes))
+        step = min(count, -(-count // (parts * _STEP)) * _STEP)
+        for begin in range(0, count, step):
+            end = min(begin + step, count)
+            slab = weight[begin:end] if by == "rows" else weight[:, begin:end]
+            slab = slab.detach().to(self.dtype)
+            yield begin, end, slab if slab.stride(1) == 1 else slab.contiguous()
+
+    def products(
+        self, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, whole: bool
+    ) -> Iterator[tuple[int, int, torch.Tensor | None]]:
+        """Fill y with x W~^T + bias; yield (begin, end, slab) after each part of its columns.
+
+        The bits are nf4_linear's. Without a slab (None) a kernel that decodes W itself has filled
+        all of y, unless `whole` asks for slabs anyway, to be had afterwards.
+        """
+        rows, wide = len(x), self.dtype is torch.float32
+        fused = self.tuning.tile_rows_fp32 if wide else self.tuning.tile_rows
+        if not self.dense and rows <= fused:
+            sizes = {"N": self.N, "K": self.K, "blocksize": self.blocksize}
+            multiply(x, self.tables, bias, **sizes, out=y)
+            if whole:
+                yield from self.slabs()
+            else:
+                yield 0, self.N, None
+            return
+        bias = None if bias is None else bias.detach().to(self.dtype)
+        for begin, end, slab in self.slabs():
+            if rows and bias is None:
+                torch.mm(x, slab.t(), out=y[:, begin:end])
+            elif rows:
+                torch.addmm(bias[begin:end], x, slab.t(), out=y[:, begin:end])
+            yield begin, end, slab
+
+    def transposed(self, grad: torch.Tensor) -> torch.Tensor:
+        """Return grad W~ [M, K]; no sum crosses from one slab to the next."""
+        if not self.dense:
+            sizes = {"N": self.N, "K": self.K, "blocksize": self.blocksize}
+            return multiply_transposed(grad, self.tables, **sizes)
+        out = torch.empty((len(grad), self.K), dtype=self.dtype, device=grad.device)
+        if len(grad):
+            for begin, end, slab in self.slabs("columns"):
+                torch.mm(grad, slab, out=out[:, begin:end])
+        return out

@@ -1,0 +1,132 @@
+"""weight_norm in Triton: one pass over W~, a slab of rows at a time, without B A."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from feinwerk.ops.lora_linear.triton_base import Base
+from feinwerk.ops.lora_linear.triton_products import (
+    parted_dot,
+    parts_of,
+    precision_of,
+    tiles_of,
+)  # fmt: skip
+from feinwerk.ops.lora_linear.triton_shrink import shrink
+from feinwerk.triton_lib import gpu_of, launch
+
+
+def weight_norm(
+    weight: torch.Tensor,
+    absmax: torch.Tensor | None,
+    nested_absmax: torch.Tensor | None,
+    nested_codebook: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: torch.Tensor,
+    base_norm: torch.Tensor,
+    *,
+    blocksize: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Fill the norms of the rows of W~ + scaling B A, slab by slab."""
+    N, K = lora_B.shape[0], lora_A.shape[1]
+    tables = (weight, absmax, nested_absmax, nested_codebook, nested_offset)
+    scaling, base_norm = scaling.to(weight.device), base_norm.contiguous()
+    norm = torch.empty((N,), dtype=torch.float32, device=weight.device)
+    square = gram(lora_A)
+    for begin, end, slab in Base(tables, N, K, blocksize, dtype).slabs():
+        norm_of_rows(
+            norm[begin:end], slab, lora_A, lora_B[begin:end], square, scaling, base_norm[begin:end]
+        )
+    return norm
+
+
+def gram(lora_A: torch.Tensor) -> torch.Tensor:
+    """A A^T, fp32 [r, r]."""
+    r = lora_A.shape[0]
+    A = lora_A.detach().float().contiguous()
+    out = torch.empty((r, r), dtype=torch.float32, device=A.device)
+    shrink(out, A, A, begin=0, end=r)
+    return out
+
+
+def norm_of_rows(
+    norm: torch.Tensor,
+    slab: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    square: torch.Tensor,
+    scaling: torch.Tensor,
+    base_norm: torch.Tensor,
+) -> None:
+    """Fill norm [n] for rows of W~: the slab [n, K] with unit column stride, their rows of B."""
+    (n, K), r, gpu = slab.shape, lora_A.shape[0], gpu_of(slab.device)
+    tiles = tiles_of(gpu, slab.dtype, r, K)
+    if gpu.backend != "interpreter":  # room for B and the product of B with A A^T
+        tiles = tiles._replace(rank=min(tiles.rank, 32), columns=min(tiles.columns, 64))
+    launch(
+        weight_norm_fwd_kernel, (-(-n // tiles.rows),),
+        slab, lora_A, lora_B, square, scaling, base_norm, norm,
+        n, K, r, slab.stride(0), lora_A.stride(0), lora_A.stride(1), lora_B.stride(0),
+        lora_B.stride(1), ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank,
+        PARTS=parts_of(slab.dtype, K, lora_A.dtype is slab.dtype), PRECISION=precision_of(slab.device), STAGES=tiles.stages,
+        num_warps=tiles.warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def weight_norm_fwd_kernel(
+    slab_ptr, A_ptr, B_ptr, square_ptr, scaling_ptr, base_ptr, norm_ptr,
+    n, K, r, slab_stride, A_row, A_column, B_row, B_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows: cross = (W A^T) . B and square = (B A A^T) . B, RANK ranks at a time."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < n
+    cross = tl.zeros([ROWS], tl.float32)
+    whole = tl.zeros([ROWS], tl.float32)
+    for low in range(0, r, RANK):
+        j = low + tl.arange(0, RANK)
+        product = tl.zeros([ROWS, RANK], tl.float32)
+        for k in tl.range(0, K, COLUMNS, num_stages=STAGES):
+            column = k + tl.arange(0, COLUMNS).to(tl.int64)
+            inside = column < K
+            W = tl.load(
+                slab_ptr + row[:, None] * slab_stride + column[None, :],
+                mask=live[:, None] & inside[None, :], other=0.0,
+            )  # fmt: skip
+            A = tl.load(
+                A_ptr + j[None, :].to(tl.int64) * A_row + column[:, None] * A_column,
+                mask=inside[:, None] & (j < r)[None, :], other=0.0,
+            ).to(tl.float32)  # fmt: skip
+            product = parted_dot(W, A, product, PARTS, PRECISION)
+        image = tl.zeros([ROWS, RANK], tl.float32)
+        for other in range(0, r, RANK):
+            i = other + tl.arange(0, RANK)
+            left = tl.load(
+                B_ptr + row[:, None] * B_row + i[None, :].to(tl.int64) * B_column,
+                mask=live[:, None] & (i < r)[None, :], other=0.0,
+            ).to(tl.float32)  # fmt: skip
+            gram = tl.load(
+                square_ptr + i[:, None] * r + j[None, :], mask=(i < r)[:, None] & (j < r)[None, :],
+                other=0.0,
+            )  # fmt: skip
+            image = tl.dot(left, gram, image, input_precision=PRECISION)
+        B = tl.load(
+            B_ptr + row[:, None] * B_row + j[None, :].to(tl.int64) * B_column,
+            mask=live[:, None] & (j < r)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        cross += tl.sum(product * B, axis=1)
+        whole += tl.sum(image * B, axis=1)
+    scaling = tl.load(scaling_ptr)
+    change = 2.0 * scaling * cross + scaling * scaling * whole
+    base = tl.load(base_ptr + row, mask=live, other=1.0)
+    safe = tl.where(base > 0, base, 1.0)
+    ratio = 1.0 + tl.div_rn(tl.div_rn(change, safe), safe)
+    relative = base * tl.sqrt_rn(tl.maximum(ratio, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    alone = tl.sqrt_rn(tl.maximum(change, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    tl.store(norm_ptr + row, tl.where(base > 0, relative, alone), mask=live)
