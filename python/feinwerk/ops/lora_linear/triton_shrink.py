@@ -65,7 +65,7 @@ def shrink(
     splits = max(1, min(steps // 4, gpu.multiprocessors // (blocks * ranks)))
     part = -(-steps // splits)
     splits = -(-steps // part)
-    whole = splits == 1
+    whole, exact = splits == 1, right.dtype is x.dtype and norm is None
     target = out
     if not whole:
         target = torch.empty((splits, rows, r), dtype=torch.float32, device=x.device)
@@ -76,7 +76,7 @@ def shrink(
         target.stride(-2), part * tiles.columns, begin if whole else 0, rows * r,
         1 / (1 - dropout_p) if seed is not None else 1.0, threshold(dropout_p),
         ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank,
-        DROPOUT=seed is not None, PARTS=parts_of(x.dtype, depth or length, right.dtype is x.dtype and norm is None),
+        DROPOUT=seed is not None, PARTS=parts_of(x.dtype, depth or length, exact),
         PRECISION=precision_of(x.device), STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     if not whole:

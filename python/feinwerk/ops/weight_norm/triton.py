@@ -72,8 +72,8 @@ def norm_of_rows(
         slab, lora_A, lora_B, square, scaling, base_norm, norm,
         n, K, r, slab.stride(0), lora_A.stride(0), lora_A.stride(1), lora_B.stride(0),
         lora_B.stride(1), ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank,
-        PARTS=parts_of(slab.dtype, K, lora_A.dtype is slab.dtype), PRECISION=precision_of(slab.device), STAGES=tiles.stages,
-        num_warps=tiles.warps,
+        PARTS=parts_of(slab.dtype, K, lora_A.dtype is slab.dtype),
+        PRECISION=precision_of(slab.device), STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
 
 
