@@ -66,9 +66,11 @@ def ordered_mean_fwd_kernel(
 ):
     """Add what each level leaves over, then the four vectors of a row, the lanes and the tail."""
     count = tl.cast(count, tl.int64)
-    at = tl.arange(0, 4)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    level2 = sums_ptr + tl.cast(made1, tl.int64) * 4 * LANES
-    level3 = level2 + tl.cast(made2, tl.int64) * 4 * LANES
+    made1 = tl.cast(made1, tl.int64)
+    made2 = tl.cast(made2, tl.int64)
+    at = (tl.arange(0, 4)[:, None] * LANES + tl.arange(0, LANES)[None, :]).to(tl.int64)
+    level2 = sums_ptr + made1 * 4 * LANES
+    level3 = level2 + made2 * 4 * LANES
     total = _chain(x_ptr, made1 * step, rows, at, 4 * LANES)
     total += _chain(sums_ptr, made2 * step, made1, at, 4 * LANES)
     total += _chain(level2, made3 * step, made2, at, 4 * LANES)
@@ -99,6 +101,6 @@ def _chain(rows_ptr, first, end, at, WIDTH: tl.constexpr):
     stop = tl.cast(end, tl.int64) * WIDTH
     for row in range(tl.cast(first, tl.int64), end, _UNROLL):
         for i in tl.static_range(_UNROLL):
-            number = (row + i) * WIDTH + at
+            number = at + (row + i) * WIDTH
             total += tl.load(rows_ptr + number, mask=number < stop, other=0.0)
     return total
