@@ -1,6 +1,6 @@
 """The ahead-of-time gate: compiles every kernel for real GPUs where there is none.
 
-python -m tests.triton_aot [--full] [--write] [--op OP] [--processes N]
+python -m tests.triton_aot [--full] [--write] [--op OP] [--processes N] [--verbose]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="every input for every target")
     parser.add_argument("--write", action="store_true", help="write the record (with --full)")
     parser.add_argument("--op", help="the inputs of one op only; no record is compared")
+    parser.add_argument("--verbose", action="store_true", help="also the longest compilations")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -30,7 +31,9 @@ def main() -> int:
     start = time.perf_counter()
     full = options.full or options.write
     outcome = gate.run(full, options.op, options.processes)
-    print(f"{gate.summary(outcome)}; {time.perf_counter() - start:.0f} s")
+    print(f"{gate.summary(outcome)}; {time.perf_counter() - start:.0f} s in all")
+    for seconds, where in outcome.times[: 5 if options.verbose else 0]:
+        print(f"{seconds:5.1f} s {where}")
     for line in outcome.failures:
         print(f"FAILED {line}")
     if options.op is not None:

@@ -13,8 +13,9 @@ import io
 import multiprocessing
 import os
 import re
+import resource
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
@@ -42,6 +43,7 @@ class Outcome:
     rows: list[Row]
     failures: list[str]
     complete: tuple[str, ...]  # the targets that every input was compiled for
+    times: list[tuple[float, str]] = field(default_factory=list)  # of the processor, longest first
 
 
 def pinned() -> str:
@@ -71,18 +73,23 @@ def run(full: bool, op: str | None = None, processes: int = 2) -> Outcome:
             for name in kernels()
             if name not in reached
         ]
-    rows = []
-    for launch, result in zip(launches, compile_all(launches, processes), strict=True):
+    rows, times = [], []
+    for launch, (result, seconds) in zip(launches, compile_all(launches, processes), strict=True):
+        times.append((seconds, place(launch)))
         if isinstance(result, str):
             failures.append(f"{place(launch)}: does not compile: {result}")
         else:
             failures += [f"{place(launch)}: {text}" for text in faults(launch.target, result)]
             rows.append(row_of(launch, result))
-    return Outcome(sorted(rows), failures, tuple(TARGETS) if full else (FIRST,))
+    complete = tuple(TARGETS) if full else (FIRST,)
+    return Outcome(sorted(rows), failures, complete, sorted(times, reverse=True))
 
 
-def compile_all(launches: Sequence[Launch], processes: int) -> list[Resources | str]:
-    """Compile in several processes: the resources of each launch, or why it does not compile."""
+Result = tuple[Resources | str, float]
+
+
+def compile_all(launches: Sequence[Launch], processes: int) -> list[Result]:
+    """Compile in several processes: each launch's resources, or why there are none; and seconds."""
     global _LAUNCHES
     _LAUNCHES = launches
     if processes == 1 or len(launches) < 2:
@@ -95,12 +102,20 @@ def compile_all(launches: Sequence[Launch], processes: int) -> list[Resources | 
 _LAUNCHES: Sequence[Launch] = ()
 
 
-def _compile(i: int) -> Resources | str:
-    launch = _LAUNCHES[i]
+def _compile(i: int) -> Result:
+    launch, start = _LAUNCHES[i], _processor_time()
+    result: Resources | str
     try:
-        return resources_of(launch.compile(), launch.target)
+        result = resources_of(launch.compile(), launch.target)
     except Exception as error:  # a compiler's errors are of many classes
-        return f"{type(error).__name__}: {error}"[-2000:]
+        result = f"{type(error).__name__}: {error}"[-2000:]
+    return result, _processor_time() - start
+
+
+def _processor_time() -> float:
+    """Seconds of this process and of the assemblers that it has started."""
+    spent = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in spent)
 
 
 def place(launch: Launch) -> str:
@@ -168,7 +183,11 @@ def summary(outcome: Outcome) -> str:
     """How much was compiled, by target."""
     counts = [f"{name} {sum(row[1] == name for row in outcome.rows)}" for name in TARGETS]
     names = len({row[0] for row in outcome.rows})
-    return f"Triton {triton.__version__}: {names} kernels, compilations: {', '.join(counts)}"
+    spent = sum(seconds for seconds, _ in outcome.times)
+    return (
+        f"Triton {triton.__version__}: {names} kernels, compilations: {', '.join(counts)}; "
+        f"{spent:.0f} s of the processor"
+    )
 
 
 def cache() -> Path:

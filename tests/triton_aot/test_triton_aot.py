@@ -143,7 +143,7 @@ def test_a_kernel_that_does_not_compile_is_found() -> None:
     with launches.collecting() as collector:
         stand_in(TARGETS["sm_90"])
         faulty_kernels.broken_kernel[(1,)](meta(64), 64, enable_fp_fusion=False)
-    (result,) = gate.compile_all(list(collector.launches.values()), processes=1)
+    ((result, _),) = gate.compile_all(list(collector.launches.values()), processes=1)
     assert isinstance(result, str)
     assert "CompilationError" in result
 
