@@ -108,7 +108,7 @@ def optimizers() -> Checks:
 
     def never_waits() -> None:
         for dtype in (torch.float32, torch.bfloat16):
-            for options in ({}, {"state_bits": 32}, {"bf16_params": "stochastic"}):
+            for options in (*OPTIONS.values(), {"bf16_params": "stochastic"}):
                 params = parameters(GPU, dtype)
                 optimizer = AdamW(params, lr=0.01, **options)
                 train(optimizer, params, 1)

@@ -11,13 +11,8 @@ import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from feinwerk import _checks
-from feinwerk.optim.gradient_norm import (
-    clip_coefficient,
-    first_nonfinite,
-    local_gradient,
-    norm_of,
-    reduced_square_sum,
-)
+from feinwerk.optim.device_norm import Norm
+from feinwerk.optim.gradient_norm import first_nonfinite, local_gradient, reduced_square_sum
 from feinwerk.optim.group import (
     DTYPE_RULE,
     PARAM_DTYPES,
@@ -42,7 +37,6 @@ from feinwerk.optim.state import (
 _KEPT = (
     "max_grad_norm",
     "skip_nonfinite",
-    "last_grad_norm",
     "skipped_steps",
     "nonfinite_parameter",
 )
@@ -143,7 +137,7 @@ class AdamW(Optimizer):
         check_max_grad_norm(type(self).__name__, max_grad_norm)
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
-        self.last_grad_norm: float | None = None
+        self._norm: Norm | float | None = None
         self.skipped_steps = 0
         self.nonfinite_parameter: str | None = None
         defaults: dict[str, Any] = {
@@ -163,7 +157,17 @@ class AdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copying and pickling keep."""
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}}
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return {**super().__getstate__(), **kept, "_norm": self.last_grad_norm}
+
+    @property
+    def last_grad_norm(self) -> float | None:
+        """See the class; on a GPU, this waits for the step's gradients."""
+        return self._norm.value() if isinstance(self._norm, Norm) else self._norm
+
+    @last_grad_norm.setter
+    def last_grad_norm(self, norm: float | None) -> None:
+        self._norm = norm
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; see `torch.optim.Optimizer`.
@@ -212,15 +216,12 @@ class AdamW(Optimizer):
         clip_coef = None
         if self.max_grad_norm is not None or self.skip_nonfinite:
             params = [param for _, param, _ in self._parameters()]
-            norm = norm_of(reduced_square_sum(params))
-            if grad_scale is not None:
-                norm /= float(grad_scale)
-            self.last_grad_norm = norm
-            if self.skip_nonfinite and not math.isfinite(norm):
-                self._skip(params, norm)
+            self._norm = Norm(reduced_square_sum(params), grad_scale)
+            if self.skip_nonfinite and not math.isfinite(self._norm.value()):
+                self._skip(params, self._norm.value())
                 return
             if self.max_grad_norm is not None:
-                clip_coef = torch.tensor(clip_coefficient(norm, self.max_grad_norm))
+                clip_coef = self._norm.clip_coefficient(self.max_grad_norm)
         items: dict[int, list[StepItem]] = {}
         for index, param, group_index in self._parameters():
             if param.grad is not None:

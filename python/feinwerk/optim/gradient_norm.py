@@ -106,19 +106,26 @@ def reduced_square_sum(params: Iterable[torch.Tensor]) -> torch.Tensor:
         params: as `gradient_norm` takes them.
 
     Returns:
-        int64 [22] on the CPU, the same on all ranks.
+        int64 [22], the same on all ranks: on the gradients' device, or on the CPU if there are
+        several.
     """
-    total = torch.zeros(SQUARE_SUM_LENGTH, dtype=torch.int64)
+    parts = []
     for sharding, members in _by_sharding(params).items():
-        limbs = torch.zeros(SQUARE_SUM_LENGTH, dtype=torch.int64)
         by_device: dict[torch.device, list[torch.Tensor]] = {}
         for param in members:
             if (grad := local_gradient(param)) is not None:
                 by_device.setdefault(grad.device, []).append(grad)
-        for grads in by_device.values():
-            limbs += square_sum(grads).cpu()
-        total += _all_reduce(limbs, sharding, "SUM").cpu()
-    return total
+        limbs = _sum([square_sum(grads) for grads in by_device.values()])
+        parts.append(_all_reduce(limbs, sharding, "SUM"))
+    return _sum(parts)
+
+
+def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """On the device of all of them, or on the CPU."""
+    if len({part.device for part in parts}) != 1:
+        parts = [part.cpu() for part in parts]
+    start = torch.zeros(SQUARE_SUM_LENGTH, dtype=torch.int64, device="cpu")
+    return sum(parts[1:], parts[0]) if parts else start
 
 
 def first_nonfinite(params: Sequence[torch.Tensor]) -> int | None:
