@@ -33,7 +33,7 @@ class TileChoice:
     programs: int = 2  # per multiprocessor, which the summed dimension is split for
     least_steps: int = 8  # a part of the summed dimension has at least so many
     splits: int = 0  # if not 0, overrides what programs gives
-    lookup: str = "table"  # nf4_values' LOOKUP
+    lookup: str = "gather"  # of triton_tile: "gather" and "planes" are PTX
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,17 @@ class LinearTuning:
     tile_fp32: TileChoice = field(
         default_factory=lambda: TileChoice(block_m=16, block_n=32, programs=4)
     )
+    # Rows that begin inside a byte, steps that cross rows or blocks: right for all, not fast.
+    general: TileChoice = field(
+        default_factory=lambda: TileChoice(block_m=32, block_n=32, stages=1)
+    )
 
+
+_INTERPRETED = TileChoice(block_m=128, block_n=128, block_k=128, least_steps=2, lookup="table")
 
 _LINEAR: dict[tuple[str, str], LinearTuning] = {
+    # A100: mma takes both operands from registers, so that 128 rows of W would not fit.
+    ("cuda", "80"): LinearTuning(tile=TileChoice(block_n=64)),
     # A program costs a millisecond there, and torch's own products depend on the threads.
     ("interpreter", "none"): LinearTuning(
         tile_rows=1 << 30,
@@ -67,13 +75,22 @@ _LINEAR: dict[tuple[str, str], LinearTuning] = {
         tile_rows_fp32=1 << 30,
         slab_bytes=1 << 14,
         decode=DecodeChoice(block_n=128, steps=2),
-        tile=TileChoice(block_m=128, block_n=128, block_k=128, least_steps=2),
-        transposed=TileChoice(block_m=128, block_n=128, block_k=256, least_steps=1),
-        tile_fp32=TileChoice(block_m=128, block_n=128, block_k=256, least_steps=1),
+        tile=_INTERPRETED,
+        transposed=_INTERPRETED,
+        tile_fp32=_INTERPRETED,
+        general=_INTERPRETED,
     ),
 }
+# AMD: no PTX, and 64 KiB of shared memory.
+_HIP_LINEAR = LinearTuning(
+    tile=TileChoice(stages=2, lookup="table"),
+    transposed=TileChoice(block_n=64, stages=2, lookup="table"),
+    tile_fp32=TileChoice(block_m=16, block_n=32, stages=2, programs=4, lookup="table"),
+    general=TileChoice(block_m=32, block_n=32, stages=1, lookup="table"),
+)
 
 
 def linear_tuning(backend: str, arch: str) -> LinearTuning:
     """Return nf4_linear's numbers for a GPU, `Gpu.backend` and `Gpu.arch`."""
-    return _LINEAR.get((backend, arch), LinearTuning())
+    default = _HIP_LINEAR if backend == "hip" else LinearTuning()
+    return _LINEAR.get((backend, arch), default)

@@ -6,14 +6,15 @@ Other ops multiply with a weight in NF4 through `multiply`, `multiply_transposed
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from feinwerk.ops.nf4_dequantize.triton import dequantize_tile
 from feinwerk.ops.nf4_linear.triton_decode import RUN, decode
-from feinwerk.ops.nf4_linear.triton_tile import multiply_tile, multiply_transposed_tile
+from feinwerk.ops.nf4_linear.triton_tile import fits, multiply_tile, multiply_transposed_tile
 from feinwerk.triton_lib import gpu_of
-from feinwerk.triton_tuning import LinearTuning, linear_tuning
+from feinwerk.triton_tuning import LinearTuning, TileChoice, linear_tuning
 
 # packed, absmax, nested_absmax, nested_codebook, nested_offset: the ops' order.
 Tables = tuple[torch.Tensor | None, ...]
@@ -88,7 +89,7 @@ def multiply(
         decode(x2d, tables, bias, y, blocksize=blocksize, choice=tuning.decode)
         return y
     if rows <= (tuning.tile_rows_fp32 if wide else tuning.tile_rows):
-        choice = tuning.tile_fp32 if wide else tuning.tile
+        choice = _choice(tuning.tile_fp32 if wide else tuning.tile, tuning, K, blocksize)
         multiply_tile(x2d, tables, bias, y, blocksize=blocksize, choice=choice)
         return y
     # addmm adds its first argument in fp32 and rounds once; it wants it in y's dtype.
@@ -123,6 +124,7 @@ def multiply_transposed(
     wide = grad2d.dtype is torch.float32
     if grad2d.shape[0] <= (tuning.tile_rows_fp32 if wide else tuning.tile_rows_transposed):
         choice = tuning.tile_fp32 if wide else tuning.transposed
+        choice = _choice(choice, tuning, K, blocksize)
         multiply_transposed_tile(grad2d, tables, grad_x, blocksize=blocksize, choice=choice)
         return grad_x
     steps = slabs(tables, N, K, blocksize, grad2d.dtype, by="columns", tuning=tuning)
@@ -162,6 +164,12 @@ def slabs(
             K=K, row=row, column=column, blocksize=blocksize,
         )  # fmt: skip
         yield begin, end, slab
+
+
+def _choice(choice: TileChoice, tuning: LinearTuning, K: int, blocksize: int) -> TileChoice:
+    """The choice, with steps no longer than a block, or the general one where it does not fit."""
+    choice = replace(choice, block_k=min(choice.block_k, blocksize))
+    return choice if fits(K, blocksize, choice) else tuning.general
 
 
 def _tuning_of(tensor: torch.Tensor) -> LinearTuning:

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from feinwerk.ops.nf4_dequantize.triton_planes import planes
 from feinwerk.ops.nf4_linear.triton_decode import finish
 from feinwerk.triton_lib import codebook_on, gpu_of, launch, load_absmax, nf4_values
 from feinwerk.triton_tuning import TileChoice
@@ -90,6 +91,51 @@ def multiply_transposed_tile(
         finish(out, None, grad_x)
 
 
+def _gather_assembly() -> str:
+    """PTX: $8 four bytes of codes, $9 the codebook; $0..$3 their even values, $4..$7 the odd.
+
+    The codebook begins at a multiple of 64 bytes, as every allocation on a GPU does: an offset is
+    set into its address, in one instruction, instead of added to 64 bits.
+    """
+    insert = 0xEA  # (offset & mask) | address
+    lines = [".reg .b32 o, low, high;", ".reg .b64 a;", "mov.b64 {low, high}, $9;"]
+    for nibble in range(8):
+        to = nibble // 2 + (4 if nibble % 2 == 0 else 0)  # the low nibble is the odd element
+        shift = 4 * nibble - 2  # a value has four bytes
+        lines += [
+            f"shr.u32 o, $8, {shift};" if shift > 0 else "shl.b32 o, $8, 2;",
+            f"lop3.b32 o, o, 0x3c, low, {insert:#x};",
+            "mov.b64 a, {o, high};",
+            f"ld.global.nc.b32 ${to}, [a];",
+        ]
+    return "{ " + " ".join(lines) + " }"
+
+
+_GATHER = tl.constexpr(_gather_assembly())
+
+
+@triton.jit
+def _values(packed, codebook_ptr, LOOKUP: tl.constexpr):
+    """nf4_values, and two ways in PTX: "planes", and "gather", loads that are not made copies.
+
+    The compiler would turn the loads of "table" into asynchronous copies, four bytes each.
+    """
+    if LOOKUP == "planes":
+        return planes(packed)
+    elif LOOKUP == "gather":
+        return tl.inline_asm_elementwise(
+            _GATHER, "=r,=r,=r,=r,=r,=r,=r,=r,r,l,l,l,l", [packed, codebook_ptr.to(tl.int64)],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        return nf4_values(packed, codebook_ptr, LOOKUP)
+
+
+def fits(K: int, blocksize: int, choice: TileChoice) -> bool:
+    """Whether every step of every row fills whole bytes of one block: what a choice is made for."""
+    return K % 2 == 0 and _row_scale(K, blocksize, choice)
+
+
 def _rows(M: int, choice: TileChoice) -> int:
     return min(choice.block_m, max(16, triton.next_power_of_2(M)))
 
@@ -143,7 +189,7 @@ def _weights(
         source = packed_ptr + row[:, None] * (K // 2) + (k // 2 + half)[None, :]
         # A mask along K would keep the loads from being vectors.
         byte = tl.load(source) if EVEN else tl.load(source, mask=mask, other=0)
-        even, odd = nf4_values(byte, codebook_ptr, LOOKUP)
+        even, odd = _values(byte, codebook_ptr, LOOKUP)
         scale = _scales(
             absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr, row, k, element,
             mask, K, BLOCKSIZE, NESTED, ROW_SCALE,
