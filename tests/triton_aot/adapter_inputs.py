@@ -48,11 +48,13 @@ ADAPTED: tuple[tuple[Any, ...], ...] = (
     ("DoRA", 4096, 4096, 4096, (16,), (64, True), BF16, BF16, 0.0, True, True),
     ("DoRA decode", 1, 4096, 4096, (16,), (64, True), BF16, BF16, 0.0, True, False),
     ("DoRA dropout", 4096, 4096, 4096, (16,), (64, True), BF16, BF16, 0.1, True, False),
+    ("DoRA rank 256", 512, 4096, 4096, (256,), (64, True), BF16, BF16, 0.0, True, False),
     ("DoRA fp32", 64, 4096, 4096, (8,), (64, False), FP32, FP32, 0.1, True, False),
     ("DoRA dense", 2048, 4096, 4096, (16,), None, FP16, FP32, 0.0, True, False),
     ("many", 64, 4096, 4096, (8, 16, 64), (64, True), BF16, BF16, 0.0, False, False),
     ("many, dropout", 2048, 4096, 4096, (16, 16), (64, True), BF16, BF16, 0.1, False, False),
     ("many with DoRA", 512, 4096, 4096, (16, 8), (64, True), BF16, FP32, 0.0, True, False),
+    ("many, one with DoRA", 512, 4096, 4096, (16, 8), (64, True), BF16, BF16, 0.1, True, False),
     ("many, decode", 8, 4096, 4096, (16,) * 8, (64, True), BF16, BF16, 0.0, False, False),
     ("above 2^31", 2, 2**16, 2**15 + 1, (16,), (64, True), BF16, BF16, 0.1, False, False),
     ("DoRA above 2^31", 64, 2**16, 2**15 + 1, (16,), (64, True), BF16, BF16, 0.0, True, False),
@@ -81,6 +83,8 @@ def _adapters(
 def lora_linear() -> Rows:
     for name, M, N, K, ranks, base, dtype, adapter, p, dora, everywhere in ADAPTED:
         A, B, magnitude = _adapters(N, K, ranks, adapter, dora)
+        if "one with DoRA" in name:
+            magnitude[1] = meta(0, dtype=adapter)
         norms = [(meta(N), None), (None, meta(len(ranks), N))] if dora else [(None, None)]
         for base_norm, known in norms:
             args = (
@@ -103,6 +107,8 @@ def lora_linear() -> Rows:
 def lora_linear_backward() -> Rows:
     for name, M, N, K, ranks, base, dtype, adapter, p, dora, everywhere in ADAPTED:
         A, B, magnitude = _adapters(N, K, ranks, adapter, dora)
+        if "one with DoRA" in name:
+            magnitude[1] = meta(0, dtype=adapter)
         for kept in (True, False) if dora and not p else (False,):
             for grad_x in (True, False) if name == "LoRA" else (True,):
                 args = (

@@ -6,7 +6,7 @@ import torch
 
 from tests.triton_aot.meta_tensors import BF16, DTYPES, FP32, Rows, meta
 
-SHAPES = ((4096, 16), (16, 4096), (4099,), (31, 97), (1024, 1024))
+SHAPES = ((4096, 16), (16, 4096), (4099,), (31, 97), (1024, 1024), (3, 20000))
 
 
 def adamw_step() -> Rows:
@@ -21,6 +21,7 @@ def adamw_step() -> Rows:
         ("bf16 states, stochastic", BF16, BF16, BF16, False, True, True, False),
         ("fp32 states, stochastic", BF16, BF16, FP32, False, True, False, False),
         ("fp32 states, remainders", BF16, FP32, FP32, True, False, False, False),
+        ("8-bit, blocks of 8192", FP32, FP32, torch.uint8, False, False, False, False),
         ("above 2^31", FP32, FP32, FP32, False, False, False, False),
         ("8-bit above 2^31", BF16, BF16, torch.uint8, False, True, False, False),
     )
@@ -28,7 +29,8 @@ def adamw_step() -> Rows:
         shapes: tuple[tuple[int, ...], ...] = SHAPES
         if "above" in name:
             shapes = ((2**31 + 1000,) if state is FP32 else (2**16, 2**15 + 1),)
-        blocks = [(shape[0] if len(shape) > 1 else 1) * -(-shape[-1] // 256) for shape in shapes]
+        size = 8192 if "8192" in name else 256
+        blocks = [(shape[0] if len(shape) > 1 else 1) * -(-shape[-1] // size) for shape in shapes]
         absmaxes = [meta(count) for count in blocks] if state is torch.uint8 else []
         args = (
             [meta(*shape, dtype=param) for shape in shapes],
@@ -43,7 +45,7 @@ def adamw_step() -> Rows:
             *((meta(), meta(), meta()) if scalars else (None, None, None)),
         )  # fmt: skip
         options = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
-        yield name, args, {**options, "blocksize": 256, "maximize": scalars}, everywhere
+        yield name, args, {**options, "blocksize": size, "maximize": scalars}, everywhere
 
 
 def square_sum() -> Rows:
