@@ -1,29 +1,38 @@
 """lora_linear and its gradient in Triton: the frozen product slab by slab, adapters around it.
 
 ```
-   forward    S = dropout(x) A^T            shrink           one read of x
-              y = x W~^T + b                base, a slab     then, while its part of y is in L2:
-              norms of the slab's rows      weight_norm      DoRA
-              y <- g (y - b + s S B^T) + b  expand
-   backward   dS = s dY (g B)               shrink           one read of dY
-              dA, dB, dm, db                outer            ordered sums over the rows
-              dx = (g dY) W~ + keep dS A    base, expand
+   forward    S = dropout(x) A^T                    shrink       one read of x
+              y = x W~^T + b                        base         a slab of W at a time, and then,
+              norms of the slab's rows              weight_norm  while it and its part of y are in
+              y <- g (y - b + scaling S B^T) + b    expand       L2 (LoRA: y is filled beforehand)
+   backward   dS, dB, sums for dm, g dY             grad_y       one read of dY (and y)
+              dA = dS^T dropout(x)                  outer        one read of x
+              dx <- keep dS A, += (g dY) W~         expand, base
 ```
 Dropout's mask is drawn in registers wherever it is needed.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from feinwerk.ops.lora_linear.triton_base import Base
 from feinwerk.ops.lora_linear.triton_expand import expand, masked, scale_columns
+from feinwerk.ops.lora_linear.triton_grad_y import MOST_RANK, read_grad_y
 from feinwerk.ops.lora_linear.triton_inner import magnitude_from_inner
-from feinwerk.ops.lora_linear.triton_outer import column_sums, magnitude_from_y, outer
+from feinwerk.ops.lora_linear.triton_outer import (
+    column_sums,
+    magnitude_of_sums,
+    outer,
+    sums_over_y,
+)  # fmt: skip
 from feinwerk.ops.lora_linear.triton_shrink import shrink
 from feinwerk.ops.weight_norm.triton import gram, norm_of_rows
 
 Tensors = list[torch.Tensor]
+_ROWS = torch.contiguous_format
 
 
 def lora_linear(
@@ -56,11 +65,12 @@ def lora_linear(
     rows = x.detach().reshape(-1, K).contiguous()
     M, device = len(rows), x.device
     drawn = seed.to(device) if seed is not None and dropout_p > 0 else None
+    p = dropout_p if drawn is not None else 0.0
     scaling, bias = scaling.to(device), None if bias is None else bias.detach().contiguous()
     magnitude = [m.detach().contiguous() for m in magnitude]
     dora = [bool(magnitude) and magnitude[i].numel() > 0 for i in range(count)]
     fresh = bool(magnitude) and weight_norm is None
-    norms = weight_norm
+    norms = None if weight_norm is None else weight_norm.contiguous()
     if fresh:
         make = torch.empty if all(dora) else torch.zeros
         norms = make((count, N), dtype=torch.float32, device=device)
@@ -73,29 +83,38 @@ def lora_linear(
     S = make((M, max(len(A) for A in lora_A)), dtype=torch.float32, device=device)
     ranges = row_ranges(segments, M)
     for A, (begin, end) in zip(lora_A, ranges, strict=True):
-        shrink(S, rows, A.detach(), begin=begin, end=end, seed=drawn, dropout_p=dropout_p)
-    dropped = masked(rows, drawn, dropout_p) if drawn is not None and any(dora) else None
+        shrink(S, rows, A.detach(), begin=begin, end=end, seed=drawn, dropout_p=p)
+    dropped = masked(rows, drawn, p) if drawn is not None and any(dora) else None
 
-    for first, last, slab in base.products(rows, flat, bias, whole=fresh and any(dora)):
-        z = None
+    def adapt(
+        part: torch.Tensor, first: int, slab: torch.Tensor | None, fresh_part: bool = False
+    ) -> None:
+        last, z = first + part.shape[1], None
         if dropped is not None:
             z = _second_product(base, dropped, slab, last - first)
         for i, (begin, end) in enumerate(ranges):
-            B, part = lora_B[i].detach()[first:last], scaling[i : i + 1]
+            gained = dora[i] and not fresh_part
+            expand(
+                part, S, lora_B[i].detach()[first:last].t(), begin=begin, end=end,
+                scaling=scaling[i : i + 1], bias=None if bias is None else bias[first:last],
+                magnitude=magnitude[i][first:last] if gained else None,
+                norm=norms[i, first:last] if gained else None, z=z if gained else None,
+                dropout_p=p, fresh=fresh_part,
+            )  # fmt: skip
+
+    # One adapter without DoRA: what it adds is there before the product, which then adds to it.
+    ahead = segments is None and not any(dora)
+    prepare = functools.partial(adapt, fresh_part=True) if ahead else None
+    steps = base.products(rows, flat, bias, whole=fresh and any(dora), prepare=prepare)
+    for first, last, slab, prepared in steps:
+        for i in range(count):
             if dora[i] and fresh:
                 norm_of_rows(
-                    norms[i, first:last], slab, lora_A[i].detach(), B, squares[i], part,
-                    base_norm[first:last],
+                    norms[i, first:last], slab, lora_A[i].detach(), lora_B[i].detach()[first:last],
+                    squares[i], scaling[i : i + 1], base_norm[first:last],
                 )  # fmt: skip
-            if begin == end:
-                continue
-            expand(
-                flat[:, first:last], S, B.t(), begin=begin, end=end, scaling=part,
-                magnitude=magnitude[i][first:last] if dora[i] else None,
-                norm=norms[i, first:last] if dora[i] else None,
-                bias=None if bias is None else bias[first:last],
-                z=z if dora[i] else None, dropout_p=dropout_p if drawn is not None else 0.0,
-            )  # fmt: skip
+        if M and not prepared:
+            adapt(flat[:, first:last], first, slab)
     return y, S, norms if fresh else S.new_empty((0, N))
 
 
@@ -144,6 +163,8 @@ def lora_linear_backward(
     drawn = seed.to(device) if seed is not None and dropout_p > 0 else None
     p = dropout_p if drawn is not None else 0.0
     scaling, S = scaling.to(device), S.contiguous()
+    bias = None if bias is None else bias.detach().contiguous()
+    weight_norm = None if weight_norm is None else weight_norm.contiguous()
     magnitude = [m.detach().contiguous() for m in magnitude]
     A, B = [one.detach() for one in lora_A], [one.detach() for one in lora_B]
     gains = [
@@ -154,57 +175,108 @@ def lora_linear_backward(
     ]
     spans = [{"begin": begin, "end": end} for begin, end in ranges]
 
-    dS = None
-    if wants[0] or wants[1]:
-        make = torch.empty if segments is None else torch.zeros
-        dS = make(S.shape, dtype=torch.float32, device=device)
-        for i, span in enumerate(spans):
-            shrink(dS, dy, B[i].t(), scaling=scaling[i : i + 1], depth=N + M, **span, **gains[i])
+    dora = [gain["norm"] is not None for gain in gains]
+    make = torch.empty if segments is None else torch.zeros
+    dS = make(S.shape, dtype=torch.float32, device=device) if wants[0] or wants[1] else None
     grad_A = [_like(one) for one in A] if wants[1] else []
+    grad_B = [_like(one) for one in B] if wants[2] else []
+    seen = None
+    if y is not None and drawn is None and wants[3]:
+        seen = y.reshape(-1, N).contiguous()
+    scaled, less = None, 0.0 if drawn is None else 1.0
+    if wants[0] and any(dora):
+        scaled = torch.empty_like(dy)
+        if not all(dora) or sum(end - begin for begin, end in ranges) != M:
+            scale_columns(scaled, dy, begin=0, end=M, magnitude=None, norm=None, less=less)
+    sums = [
+        _over_grad_y(
+            dy, S, B[i], scaling[i : i + 1], gains[i], spans[i], (N + M, K + M), dS,
+            grad_B[i] if wants[2] else None, seen if dora[i] else None, bias,
+            scaled if dora[i] else None, less,
+        )
+        for i in range(len(A))
+    ]  # fmt: skip
     for i, out in enumerate(grad_A):
         outer(out, dS, rows, depth=N + M, seed=drawn, dropout_p=p, **spans[i])
-    grad_B = [_like(one) for one in B] if wants[2] else []
-    for i, out in enumerate(grad_B):
-        outer(out.t(), S, dy, depth=K + M, scaling=scaling[i : i + 1], **spans[i], **gains[i])
     grad_bias = column_sums(dy) if wants[4] else dy.new_empty((0,), dtype=torch.float32)
-    grad_magnitude = []
+    grad_magnitude: Tensors = []
     if wants[3] and magnitude:
         grad_magnitude = _magnitudes(
-            base, dy, rows, S, y, bias, B, scaling, gains, magnitude, drawn, p, spans
+            base, dy, rows, S, sums, bias, B, scaling, gains, magnitude, drawn, p, spans
         )
     if not wants[0]:
         return x.new_empty((0,)), grad_A, grad_B, grad_magnitude, grad_bias
-    grad_x = _grad_x(base, dy, dS, A, gains, drawn, p, spans)
+    grad_x = _grad_x(base, dy, scaled, dS, A, dora, drawn, p, spans, segments is None)
     return grad_x.view(x.shape), grad_A, grad_B, grad_magnitude, grad_bias
+
+
+def _over_grad_y(
+    dy: torch.Tensor,
+    S: torch.Tensor,
+    B: torch.Tensor,
+    scaling: torch.Tensor,
+    gain: dict[str, torch.Tensor | None],
+    span: dict[str, int],
+    depths: tuple[int, int],
+    dS: torch.Tensor | None,
+    grad_B: torch.Tensor | None,
+    seen: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scaled: torch.Tensor | None,
+    less: float,
+) -> torch.Tensor | None:
+    """Whatever one adapter needs of dY: at once, or with many ranks one after the other."""
+    if B.shape[1] <= MOST_RANK:
+        if all(wanted is None for wanted in (dS, grad_B, seen, scaled)):
+            return None
+        return read_grad_y(
+            dy, S, B, scaling, depths=depths, dS=dS, grad_B=grad_B, y=seen, bias=bias,
+            scaled=scaled, less=less, **span, **gain,
+        )  # fmt: skip
+    if dS is not None:
+        shrink(dS, dy, B.t(), scaling=scaling, depth=depths[0], **span, **gain)
+    if grad_B is not None:
+        outer(grad_B.t(), S, dy, depth=depths[1], scaling=scaling, **span, **gain)
+    if scaled is not None:
+        scale_columns(scaled, dy, less=less, **span, **gain)
+    return None if seen is None else sums_over_y(dy, seen, bias, **span)
 
 
 def _grad_x(
     base: Base,
     dy: torch.Tensor,
+    scaled: torch.Tensor | None,
     dS: torch.Tensor,
     A: Tensors,
-    gains: list[dict[str, torch.Tensor | None]],
+    dora: list[bool],
     seed: torch.Tensor | None,
     p: float,
     spans: list[dict[str, int]],
+    covered: bool,
 ) -> torch.Tensor:
     """(g dY) W~ + keep dS A; under dropout DoRA's second product is masked as well."""
-    dora = [gain["norm"] is not None for gain in gains]
-    scaled, v = dy, None
-    if any(dora):
-        scaled, less = torch.empty_like(dy), 0.0 if seed is None else 1.0
-        if sum(span["end"] - span["begin"] for span in spans) != len(dy) or not all(dora):
-            everything = {"begin": 0, "end": len(dy)}
-            scale_columns(scaled, dy, magnitude=None, norm=None, less=less, **everything)
+    twice = scaled is not None and seed is not None
+
+    def prepare(part: torch.Tensor, first: int, slab: torch.Tensor | None) -> None:
+        v = None
+        if twice and slab is not None:
+            v = torch.mm(scaled, slab, out=torch.empty_like(part, memory_format=_ROWS))
+        if not covered:
+            part.zero_()  # rows of no adapter
         for i, span in enumerate(spans):
-            if dora[i]:
-                scale_columns(scaled, dy, less=less, **span, **gains[i])
-        if seed is not None:
-            scaled, v = dy, base.transposed(scaled)
-    grad_x = base.transposed(scaled)
-    for i, span in enumerate(spans):
-        z = v if dora[i] else None
-        expand(grad_x, dS, A[i], seed=seed, dropout_p=p, z=z, **span)
+            expand(
+                part, dS, A[i][:, first : first + part.shape[1]], seed=seed, dropout_p=p,
+                z=v if dora[i] else None, first=first, fresh=True, **span,
+            )  # fmt: skip
+
+    through = dy if twice or scaled is None else scaled
+    grad_x = base.transposed(through, prepare)
+    if grad_x is None:
+        grad_x = base.transposed_whole(through)
+        v = base.transposed_whole(scaled) if twice else None
+        for i, span in enumerate(spans):
+            z = v if dora[i] else None
+            expand(grad_x, dS, A[i], seed=seed, dropout_p=p, z=z, **span)
     return grad_x
 
 
@@ -213,7 +285,7 @@ def _magnitudes(
     dy: torch.Tensor,
     rows: torch.Tensor,
     S: torch.Tensor,
-    y: torch.Tensor | None,
+    sums: list[torch.Tensor | None],
     bias: torch.Tensor | None,
     B: Tensors,
     scaling: torch.Tensor,
@@ -223,17 +295,16 @@ def _magnitudes(
     p: float,
     spans: list[dict[str, int]],
 ) -> Tensors:
-    """From y where it is there and says enough, else multiplied out again."""
-    bias = None if bias is None else bias.detach().contiguous()
-    seen = None if y is None or seed is not None else y.reshape(-1, base.N).contiguous()
+    """From the sums over y where it is there and says enough, else multiplied out again."""
     dropped = rows if seed is None else masked(rows, seed, p)
     found: Tensors = []
     for i, span in enumerate(spans):
-        lost, grad = None, _like(magnitude[i])
+        lost, grad, parts = None, _like(magnitude[i]), sums[i]
         norm = gains[i]["norm"]
         if norm is not None:
-            if seen is not None:
-                grad, lost = magnitude_from_y(dy, seen, bias, magnitude[i], norm, **span)
+            if parts is not None:
+                count = span["end"] - span["begin"]
+                grad, lost = magnitude_of_sums(parts, bias, magnitude[i], norm, count, dy.dtype)
             magnitude_from_inner(
                 grad, base, dy, dropped, S, B[i], scaling[i : i + 1], norm, lost=lost,
                 keep_scale=1 / (1 - p), **span,

@@ -5,7 +5,7 @@ After a slab's product the caller has its part of y, and the slab itself, in L2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,9 @@ import torch
 from feinwerk.ops.nf4_linear.triton import multiply, multiply_transposed, slabs
 from feinwerk.triton_lib import gpu_of
 from feinwerk.triton_tuning import LinearTuning, linear_tuning
+
+# Fills a part of a result that a product is then added to: part, its first column, the slab.
+Prepare = Callable[[torch.Tensor, int, torch.Tensor], None]
 
 # Slabs of a dense weight begin at multiples of so many rows or columns, as those of NF4 do.
 _STEP = 256
@@ -58,12 +61,19 @@ class Base:
             yield begin, end, slab if slab.stride(1) == 1 else slab.contiguous()
 
     def products(
-        self, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, whole: bool
-    ) -> Iterator[tuple[int, int, torch.Tensor | None]]:
-        """Fill y with x W~^T + bias; yield (begin, end, slab) after each part of its columns.
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        whole: bool = False,
+        prepare: Prepare | None = None,
+    ) -> Iterator[tuple[int, int, torch.Tensor | None, bool]]:
+        """Fill y with x W~^T + bias; yield (begin, end, slab, prepared) after each part of it.
 
-        The bits are nf4_linear's. Without a slab (None) a kernel that decodes W itself has filled
-        all of y, unless `whole` asks for slabs anyway, to be had afterwards.
+        With few rows a kernel that decodes W itself fills all of y, and there is no slab (None),
+        unless `whole` asks for slabs afterwards. Otherwise `prepare(y[:, begin:end], begin, slab)`,
+        if given, has filled its part beforehand with what is to be added instead of the bias.
         """
         rows, wide = len(x), self.dtype is torch.float32
         fused = self.tuning.tile_rows_fp32 if wide else self.tuning.tile_rows
@@ -71,25 +81,40 @@ class Base:
             sizes = {"N": self.N, "K": self.K, "blocksize": self.blocksize}
             multiply(x, self.tables, bias, **sizes, out=y)
             if whole:
-                yield from self.slabs()
+                for begin, end, slab in self.slabs():
+                    yield begin, end, slab, False
             else:
-                yield 0, self.N, None
+                yield 0, self.N, None, False
             return
         bias = None if bias is None else bias.detach().to(self.dtype)
         for begin, end, slab in self.slabs():
-            if rows and bias is None:
-                torch.mm(x, slab.t(), out=y[:, begin:end])
+            part = y[:, begin:end]
+            if rows and prepare is not None:
+                prepare(part, begin, slab)
+                part.addmm_(x, slab.t())
+            elif rows and bias is not None:
+                torch.addmm(bias[begin:end], x, slab.t(), out=part)
             elif rows:
-                torch.addmm(bias[begin:end], x, slab.t(), out=y[:, begin:end])
-            yield begin, end, slab
+                torch.mm(x, slab.t(), out=part)
+            yield begin, end, slab, prepare is not None
 
-    def transposed(self, grad: torch.Tensor) -> torch.Tensor:
-        """Return grad W~ [M, K]; no sum crosses from one slab to the next."""
-        if not self.dense:
-            sizes = {"N": self.N, "K": self.K, "blocksize": self.blocksize}
-            return multiply_transposed(grad, self.tables, **sizes)
-        out = torch.empty((len(grad), self.K), dtype=self.dtype, device=grad.device)
-        if len(grad):
-            for begin, end, slab in self.slabs("columns"):
-                torch.mm(grad, slab, out=out[:, begin:end])
+    def transposed(self, grad: torch.Tensor, prepare: Prepare) -> torch.Tensor | None:
+        """Return grad W~ [M, K] added to what `prepare(out[:, begin:end], begin, slab)` has filled.
+
+        None where W would not be taken slab by slab; no sum crosses from one slab to the next.
+        """
+        rows, wide = len(grad), self.dtype is torch.float32
+        fused = self.tuning.tile_rows_fp32 if wide else self.tuning.tile_rows_transposed
+        if not self.dense and rows <= fused:
+            return None
+        out = torch.empty((rows, self.K), dtype=self.dtype, device=grad.device)
+        for begin, end, slab in self.slabs("columns"):
+            if rows:
+                prepare(out[:, begin:end], begin, slab)
+                out[:, begin:end].addmm_(grad, slab)
         return out
+
+    def transposed_whole(self, grad: torch.Tensor) -> torch.Tensor:
+        """Return grad W~ [M, K] of few rows, for a weight in NF4."""
+        sizes = {"N": self.N, "K": self.K, "blocksize": self.blocksize}
+        return multiply_transposed(grad, self.tables, **sizes)

@@ -4,9 +4,10 @@
    forward    y <- t + (g - 1) (t - b)                     t = y + scaling S B^T, y with its bias
               y <- t + (g - 1) (keep_scale z + scaling S B^T)   with dropout: z = masked x W~^T
    backward   u <- u + keep keep_scale (v + dS A)          v = ((g - 1) dY) W~, only with dropout
+   fresh      y <- scaling S B^T + b,  u <- keep keep_scale (v + dS A)   before the product is added
 ```
 g is exactly 1 where DoRA has just begun, and nothing is added without an adapter: y then keeps its
-bits.
+bits. What is added is rounded to y's dtype once more where it comes first, which saves a read of y.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def expand(
     seed: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     first: int = 0,
+    fresh: bool = False,
 ) -> None:
     """Add left[begin:end] right to out[begin:end] [*, n], as the module's drawing says.
 
@@ -65,6 +67,7 @@ def expand(
         seed: of dropout, in the backward: masks what is added.
         dropout_p: dropout's probability.
         first: column of x where out begins, for the mask; a multiple of 64 if there is one.
+        fresh: out holds nothing: it is filled with what is to be added to, the bias included.
     """
     (r, n), gpu = right.shape, gpu_of(out.device)
     tiles = _tiles(gpu, out.dtype, r, n)
@@ -74,7 +77,7 @@ def expand(
         begin, end, n, r, out.stride(0), left.stride(0), right.stride(0), right.stride(1),
         0 if z is None else z.stride(0), first, 1 / (1 - dropout_p), threshold(dropout_p),
         ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank, DROPOUT=seed is not None,
-        SPLIT=out.dtype is torch.bfloat16, PRECISION=precision_of(out.device),
+        FRESH=fresh, SPLIT=out.dtype is torch.bfloat16, PRECISION=precision_of(out.device),
         num_warps=tiles.warps,
     )  # fmt: skip
 
@@ -104,7 +107,7 @@ def lora_linear_expand_fwd_kernel(
     begin, end, n, r, out_stride, left_stride, right_row, right_column, z_stride, first,
     keep_scale, threshold,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    FRESH: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile, in place: the ranks are summed in fp32 and the result is rounded once."""
     row = begin + tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -127,7 +130,13 @@ def lora_linear_expand_fwd_kernel(
     if scaling_ptr is not None:
         delta = delta * tl.load(scaling_ptr)
     target = out_ptr + row[:, None] * out_stride + column[None, :]
-    value = tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    if FRESH:
+        value = tl.zeros([ROWS, COLUMNS], tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            value += bias[None, :]
+    else:
+        value = tl.load(target, mask=mask, other=0.0).to(tl.float32)
     if DROPOUT:
         if z_ptr is not None:
             z = tl.load(z_ptr + row[:, None] * z_stride + column[None, :], mask=mask, other=0.0)

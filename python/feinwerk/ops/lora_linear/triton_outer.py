@@ -88,26 +88,39 @@ def column_sums(grad_y: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def magnitude_from_y(
-    grad_y: torch.Tensor,
-    y: torch.Tensor,
+def sums_over_y(
+    grad_y: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, *, begin: int, end: int
+) -> torch.Tensor:
+    """Parts [splits, 2, N] of the sums of dY (y - b) and (y - b)^2 over rows begin to end."""
+    return _sums(grad_y, 2, y=y, bias=bias, begin=begin, end=end)
+
+
+def magnitude_of_sums(
+    parts: torch.Tensor,
     bias: torch.Tensor | None,
     magnitude: torch.Tensor,
     norm: torch.Tensor,
-    *,
-    begin: int,
-    end: int,
+    rows: int,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return 1 / m sum dY (y - b), and int32 [N]: not 0 where y says too little for that."""
-    N = grad_y.shape[1]
-    grad = torch.empty_like(magnitude, memory_format=torch.contiguous_format)
-    lost = torch.empty((N,), dtype=torch.int32, device=grad_y.device)
-    parts = _sums(grad_y, 2, y=y, bias=bias, begin=begin, end=end)
-    most = _MOST_BIAS[y.dtype]
-    block = 1024 if gpu_of(y.device).backend == "interpreter" else 128
+    """Return 1 / m sum dY (y - b), and int32 [N]: not 0 where y says too little for that.
+
+    Args:
+        parts: fp32 [splits, 2, N], from `sums_over_y` or `read_grad_y`.
+        bias: [N] or None.
+        magnitude: [N].
+        norm: fp32 [N].
+        rows: that were summed.
+        dtype: y's.
+    """
+    splits, _, N = parts.shape
+    grad = torch.empty((N,), dtype=magnitude.dtype, device=magnitude.device)
+    lost = torch.empty((N,), dtype=torch.int32, device=magnitude.device)
+    most = _MOST_BIAS[dtype]
+    block = 1024 if gpu_of(grad.device).backend == "interpreter" else 128
     launch(
         lora_linear_magnitude_bwd_kernel, (-(-N // block),),
-        parts, bias, magnitude, norm, grad, lost, N, parts.shape[0], end - begin, most * most,
+        parts, bias, magnitude, norm, grad, lost, N, splits, rows, most * most,
         BLOCK=block, num_warps=4,
     )  # fmt: skip
     return grad, lost
