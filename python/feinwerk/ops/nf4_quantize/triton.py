@@ -21,8 +21,9 @@ import triton.language as tl
 from feinwerk.codebook import NF4_THRESHOLDS
 from feinwerk.triton_lib import Gpu, gpu_of, launch
 
-# v * 16 + _SHIFT has the bin's number in the low 6 bits of its fp32 pattern: 1 for v = -1 to 33.
-# A NaN's low 6 bits are 0 or 63, entries that hold the code of NaN.
+# v * 16 + _SHIFT has the bin's number in the low 6 bits of its fp32 pattern: 1 for v = -1 to 33, 34
+# for infinity. A NaN's low 6 bits are 0 or 63, entries that hold the code of NaN. Those of minus
+# infinity are 0 as well, and it has NaN's code 0 by CUDA's rule, the only one where it occurs.
 _SHIFT = tl.constexpr(float(2**23 + 17))
 _INFINITY = tl.constexpr(0x7F800000)  # fp32 bits; those of a NaN are greater
 _TINY = tl.constexpr(1e-38)  # the CPU rule's floor of the divisor
@@ -102,7 +103,7 @@ def bins(rule: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     for i in range(64):
         inside = thresholds[numbers == i]
         below = int((numbers < i).sum())
-        if not 1 <= i <= 33:
+        if not 1 <= i <= 34:
             below = 15 if rule == "cpu" else 0
         limit = inside[0] if inside.size else np.float32(np.inf)
         entries[i] = int(limit.view(np.int32)) << 32 | below
@@ -130,7 +131,11 @@ def nf4_quantize_fwd_kernel(
     at = begin + tl.arange(0, GROUP)[None, None, :]
     source = weight_ptr + first * BLOCKSIZE
     x = tl.load(source + at, mask=live[:, None, None], other=0.0).to(tl.float32)
-    top = tl.max(tl.max(_magnitude(x, CPU_RULE, CHECK), 2), 1)
+    if CPU_RULE or CHECK:
+        top = tl.max(tl.max(_magnitude(x, CPU_RULE, CHECK), 2), 1)
+    else:  # a maximum of floats leaves NaN out, unless there is nothing else
+        most = tl.max(tl.max(tl.abs(x), 2), 1)
+        top = tl.where(most != most, 0.0, most).to(tl.int32, bitcast=True)
     if CHECK:
         tl.store(flag_ptr + block * 0, 1, mask=live & (top >= _INFINITY))
     absmax, floor = _absmax(top, CPU_RULE)
@@ -201,9 +206,10 @@ def _absmax(top, CPU_RULE: tl.constexpr):
 @triton.jit
 def _nearest(scaled, bins_ptr, CPU_RULE: tl.constexpr):
     """The number of thresholds strictly below, or the code of NaN."""
-    if not CPU_RULE:  # which has no floor: a denormal absmax scales to infinity
-        scaled = tl.clamp(scaled, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
-    number = (scaled * 16.0 + _SHIFT).to(tl.int32, bitcast=True) & 63
-    entry = tl.load(bins_ptr + number)
+    zero = tl.zeros_like(scaled)
+    place = tl.fma(scaled, zero + 16.0, zero + _SHIFT)
+    if not CPU_RULE:  # has no floor: where absmax is denormal, weights may scale to infinity
+        place = tl.minimum(place, _SHIFT + 17.0, propagate_nan=tl.PropagateNan.ALL)
+    entry = tl.load(bins_ptr + (place.to(tl.int32, bitcast=True) & 63))
     limit = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     return entry.to(tl.int32) + (scaled > limit).to(tl.int32)
