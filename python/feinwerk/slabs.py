@@ -9,8 +9,10 @@ import torch
 from feinwerk.backends import serving
 
 # Elements quantized per call where a call needs a workspace, which this bounds whatever the size of
-# the weight. A multiple of every blocksize, so blocks are never cut.
+# the weight. Multiples of every blocksize, so blocks are never cut. On a GPU each call also costs
+# launches and a wait, which are dear beside 65,536 elements.
 _SLAB = 1 << 16
+_SLAB_ON_GPU = 1 << 22
 
 
 def quantize_in_slabs(
@@ -22,12 +24,13 @@ def quantize_in_slabs(
     count = weight.numel()
     backend, _ = serving("nf4_quantize", weight.device.type)
     in_place = backend != "reference" and weight.is_contiguous()
-    if count <= _SLAB or in_place or weight.is_meta:
+    slab = _SLAB_ON_GPU if weight.is_cuda else _SLAB
+    if count <= slab or in_place or weight.is_meta:
         return quantize(weight)
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=weight.device)
-    for start in range(0, count, _SLAB):
-        codes, scales = quantize(_flat_range(weight, start, min(start + _SLAB, count)))
+    for start in range(0, count, slab):
+        codes, scales = quantize(_flat_range(weight, start, min(start + slab, count)))
         packed[start // 2 : start // 2 + codes.numel()] = codes
         absmax[start // blocksize : start // blocksize + scales.numel()] = scales
     return packed, absmax
