@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handed = ["--device", options.device, *(["--dry"] if options.dry else [])]
     done: list[Child] = []
     options.out.mkdir(parents=True, exist_ok=True)
-    jobs = options.jobs or max(1, min(8, (os.cpu_count() or 1) // 2))
+    jobs = options.jobs or max(1, min(10, (os.cpu_count() or 1) * 2 // 3))
     with tempfile.TemporaryDirectory() as folder:
         wanted = chosen(options.only)
         checks = [name for name in wanted if name.startswith(parts.CHECKS)]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from benchmarks.gpu.correctness import Check, Results
+from benchmarks.gpu.checks_adapters import case_on
+from benchmarks.gpu.correctness import Check, Results, on_host
 from benchmarks.gpu.weights import make_weight
 from feinwerk import NF4Weight, nf4_dequantize, nf4_embedding, nf4_linear_backward, nn, testing
-
-Judge = Callable[[Results], None]
+from feinwerk.testing.adapters import AdapterCase, make_adapters
 
 
 def large(tiny: bool) -> list[Check]:
@@ -104,56 +104,50 @@ def _gradient(weight: _Once, N: int, K: int, M: int) -> Check:
 def _compiled(tiny: bool) -> Iterator[Check]:
     """An NF4Linear with LoRA and with DoRA under torch.compile(fullgraph=True), all gradients."""
     N, K, M = (8, 64, 3) if tiny else (512, 1024, 40)
-    for name, kind in (("LoRA", nn.LoRALinear), ("DoRA", nn.DoRALinear)):
-        x, dy = testing.make_x((M, K), torch.bfloat16), testing.make_x((M, N), torch.bfloat16)
+    for dora in (False, True):
+        case = make_adapters(
+            N, K, M, (16,), dtype=torch.bfloat16, base="nested", dora=(dora,), bias=torch.float32
+        )
 
-        def actual(
-            device: torch.device, kind: type = kind, x: torch.Tensor = x, dy: torch.Tensor = dy
-        ) -> Results:
-            layer = _layer(kind, N, K, device)
+        def actual(device: torch.device, case: AdapterCase = case) -> Results:
+            there = case_on(case, device)
+            layer = layer_of(there).train()
             backend = "aot_eager" if device.type == "cpu" else "inductor"
-            compiled = torch.compile(layer, fullgraph=True, backend=backend)
-            return _step(compiled, layer, x, dy, device)
+            x = there.x.clone().requires_grad_()
+            y = torch.compile(layer, fullgraph=True, backend=backend)(x)
+            y.backward(there.grad_y)
+            found = {"y": y.detach(), "x": x.grad}
+            found |= {"A0": layer.lora_A.grad, "B0": layer.lora_B.grad}
+            if case.adapters[0].magnitude is not None:
+                found["magnitude0"] = layer.magnitude.grad
+            return {name: value for name, value in found.items() if value is not None}
 
-        def judge(
-            results: Results, kind: type = kind, x: torch.Tensor = x, dy: torch.Tensor = dy
-        ) -> None:
-            device = results["y"].device
-            want = _step(layer := _layer(kind, N, K, device), layer, x, dy, device)
-            for key, value in want.items():
-                testing.assert_same_bits(results[key], value, key)
+        def judge(results: Results, case: AdapterCase = case) -> None:
+            names = {"y", *case.leaves()} - {"bias"}
+            if results.keys() != names:
+                raise AssertionError(f"results: expected {sorted(names)}, got {sorted(results)}")
+            case.check(on_host(results))
 
-        yield Check(
-            "lora_linear", f"torch.compile(fullgraph=True), {name}: the bits without it", actual,
-            judge, poison=False, twice=False,
-        )  # fmt: skip
-
-
-def _layer(kind: type, N: int, K: int, device: torch.device) -> torch.nn.Module:
-    torch.manual_seed(0)
-    with testing.use_backend("reference"):
-        base = nn.NF4Linear.from_linear(torch.nn.Linear(K, N, bias=False))
-        layer: torch.nn.Module = kind(base, 16, lora_alpha=32)
-        with torch.no_grad():
-            for name, p in layer.named_parameters():
-                if p.requires_grad and name.endswith("lora_B"):
-                    p.normal_(std=0.1)
-    return layer.to(device).train()
+        name = f"{'DoRA' if dora else 'LoRA'} on NF4Linear, torch.compile(fullgraph=True)"
+        yield Check("lora_linear", name, actual, judge, poison=False)
 
 
-def _step(
-    call: Callable[[torch.Tensor], torch.Tensor],
-    layer: torch.nn.Module,
-    x: torch.Tensor,
-    dy: torch.Tensor,
-    device: torch.device,
-) -> Results:
-    leaf = x.to(device, copy=True).requires_grad_()
-    y = call(leaf)
-    y.backward(dy.to(device))
-    found = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
-    assert leaf.grad is not None
-    return {"y": y.detach(), "x": leaf.grad, **found}
+def layer_of(case: AdapterCase) -> Any:
+    """The module that computes a call: LoRALinear or DoRALinear over an NF4Linear."""
+    base, (one,) = case.base, case.adapters
+    assert isinstance(base, testing.WeightCase)
+    weight = NF4Weight(
+        base.packed, base.absmax, (case.N, case.K), base.blocksize, case.x.dtype, *base.nested
+    )
+    r = one.A.shape[0]
+    kind = nn.LoRALinear if one.magnitude is None else nn.DoRALinear
+    layer = kind(nn.NF4Linear.from_weight(weight, case.bias), r, lora_alpha=r * one.s)
+    with torch.no_grad():
+        layer.lora_A.copy_(one.A)
+        layer.lora_B.copy_(one.B)
+        if one.magnitude is not None:
+            layer.magnitude.copy_(one.magnitude)
+    return layer
 
 
 def _huge(tiny: bool) -> Iterator[Check]:
@@ -236,14 +230,3 @@ def _last_rows(
         testing.assert_same_bits(got, want, "the last rows")
 
     return Check(op, what, actual, judge, twice=op != "nf4_linear")
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The relative error of a result as a whole."""
-    wide = expected.double()
-    return float((actual.double() - wide).norm() / wide.norm())
-
-
-def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """F.linear, the dense yardstick."""
-    return F.linear(x, weight)

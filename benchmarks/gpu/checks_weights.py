@@ -28,9 +28,14 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def weights(tiny: bool) -> list[Check]:
-    """Every check of this group."""
-    return [*_quantize(tiny), *_dequantize(tiny), *_embedding(tiny), *_blockwise(tiny)]
+def quantize(tiny: bool) -> list[Check]:
+    """Checks of what makes codes."""
+    return [*_quantize(tiny), *_blockwise(tiny)]
+
+
+def dequantize(tiny: bool) -> list[Check]:
+    """Checks of what reads them."""
+    return [*_dequantize(tiny), *_embedding(tiny)]
 
 
 def special(count: int, dtype: torch.dtype, seed: int = 3) -> torch.Tensor:

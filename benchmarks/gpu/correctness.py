@@ -24,11 +24,13 @@ Results = dict[str, torch.Tensor]
 
 # Group: the module that holds its checks. Each group is a process, and all run at the same time.
 GROUPS = {
-    "weights": "benchmarks.gpu.checks_weights",
+    "quantize": "benchmarks.gpu.checks_weights",
+    "dequantize": "benchmarks.gpu.checks_weights",
     "linear": "benchmarks.gpu.checks_linear",
     "backward": "benchmarks.gpu.checks_linear",
     "lora": "benchmarks.gpu.checks_adapters",
     "dora": "benchmarks.gpu.checks_adapters",
+    "norm": "benchmarks.gpu.checks_adapters",
     "grouped": "benchmarks.gpu.checks_adapters",
     "optimizer": "benchmarks.gpu.checks_optimizer",
     "large": "benchmarks.gpu.checks_large",
