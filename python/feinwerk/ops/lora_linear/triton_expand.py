@@ -1,13 +1,14 @@
 """What is added to the product with W: scaling S B^T, dS A, the gain and the bias, in place.
 
 ```
-   forward    y <- t + (g - 1) (t - b)                     t = y + scaling S B^T, y with its bias
+   forward    y <- g (t - b) + b, or t where g is 1        t = y + scaling S B^T, y with its bias
               y <- t + (g - 1) (keep_scale z + scaling S B^T)   with dropout: z = masked x W~^T
    backward   u <- u + keep keep_scale (v + dS A)          v = ((g - 1) dY) W~, only with dropout
    fresh      y <- scaling S B^T + b,  u <- keep keep_scale (v + dS A)   before the product is added
 ```
 g is exactly 1 where DoRA has just begun, and nothing is added without an adapter: y then keeps its
-bits. What is added is rounded to y's dtype once more where it comes first, which saves a read of y.
+bits; where g is 0, y is the bias. What comes before the product is rounded to y's dtype once more,
+and saves a pass over y.
 """
 
 from __future__ import annotations
@@ -27,11 +28,17 @@ from feinwerk.philox import threshold
 from feinwerk.triton_lib import Gpu, gpu_of, launch
 
 
-def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int, columns: int) -> Tiles:
+def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int, columns: int, dropout: bool) -> Tiles:
     if gpu.backend == "interpreter":
         return Tiles(128, 256, max(16, triton.next_power_of_2(min(rank, 256))), 4, 1)
     width = max(16, triton.next_power_of_2(min(rank, 32)))
-    return Tiles(64 if dtype is torch.bfloat16 else 32, 128 if columns > 64 else 64, width, 4, 1)
+    return Tiles(
+        64 if dtype is torch.bfloat16 else 32,
+        128 if columns > 64 and not dropout else 64,
+        width,
+        4,
+        1,
+    )
 
 
 def expand(
@@ -70,7 +77,7 @@ def expand(
         fresh: out holds nothing: it is filled with what is to be added to, the bias included.
     """
     (r, n), gpu = right.shape, gpu_of(out.device)
-    tiles = _tiles(gpu, out.dtype, r, n)
+    tiles = _tiles(gpu, out.dtype, r, n, seed is not None)
     launch(
         lora_linear_expand_fwd_kernel, (-(-(end - begin) // tiles.rows), -(-n // tiles.columns)),
         out, left, right, scaling, magnitude, norm, bias, z, seed,
@@ -146,16 +153,16 @@ def lora_linear_expand_fwd_kernel(
     else:
         value += delta
         if norm_ptr is not None:
+            gain = gain_of(magnitude_ptr, norm_ptr, column, inside)[None, :]
             if z_ptr is not None:
                 z = tl.load(z_ptr + row[:, None] * z_stride + column[None, :], mask=mask, other=0.0)
-                scaled = z.to(tl.float32) * keep_scale + delta
-            elif bias_ptr is not None:
-                bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-                scaled = value - bias[None, :]
+                value += (gain - 1.0) * (z.to(tl.float32) * keep_scale + delta)
             else:
-                scaled = value
-            more = gain_of(magnitude_ptr, norm_ptr, column, inside) - 1.0
-            value += more[None, :] * scaled
+                bias = tl.zeros([COLUMNS], tl.float32)
+                if bias_ptr is not None:
+                    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+                scaled = gain * (value - bias[None, :]) + bias[None, :]
+                value = tl.where(gain == 1.0, value, scaled)
     tl.store(target, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 

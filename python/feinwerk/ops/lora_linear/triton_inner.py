@@ -86,9 +86,9 @@ def _launch(
     assert weight is not None
     (N, K), r, gpu = (grad_y.shape[1], x.shape[1]), lora_B.shape[1], gpu_of(x.device)
     low = x.dtype is not torch.float32
-    rows, columns, depth, warps = (128, 128, 64, 8) if low else (64, 64, 32, 4)
+    rows, columns, depth, warps = (128, 64, 64, 4) if low else (64, 32, 32, 4)
     if lost is not None:
-        rows, columns, depth, warps = (64, 32, 64, 4) if low else (32, 32, 32, 4)
+        rows, columns, depth, warps = (64, 32, 32, 4) if low else (32, 32, 32, 4)
     if gpu.backend == "interpreter":
         rows, columns, depth = 64, 64, max(16, min(512, triton.next_power_of_2(K)))
     blocks = -(-(last - first) // columns)
@@ -141,6 +141,19 @@ def lora_linear_inner_bwd_kernel(
         row = m + tl.arange(0, ROWS).to(tl.int64)
         inside = row < stop
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for low in range(0, r, RANK):
+            j = low + tl.arange(0, RANK)
+            S = tl.load(
+                S_ptr + row[:, None] * S_stride + j[None, :],
+                mask=inside[:, None] & (j < r)[None, :], other=0.0,
+            )  # fmt: skip
+            B = tl.load(
+                B_ptr + n[None, :] * B_row + j[:, None].to(tl.int64) * B_column,
+                mask=live[None, :] & (j < r)[:, None], other=0.0,
+            ).to(tl.float32)  # fmt: skip
+            acc = split_dot(S, B, acc, SPLIT, PRECISION)
+        # Divided by what the whole sum is multiplied with, so that there is one accumulator.
+        acc = acc * (tl.load(scaling_ptr) / keep_scale)
         for k in range(0, K, DEPTH):
             column = k + tl.arange(0, DEPTH).to(tl.int64)
             known = column < K
@@ -155,7 +168,7 @@ def lora_linear_inner_bwd_kernel(
                     mask=mask, other=0.0,
                 ).to(x.dtype)  # fmt: skip
             else:
-                at = n[None, :] * K + column[:, None]
+                at = (n[None, :] * K + column[:, None]).to(tl.uint64)
                 codes = tl.load(weight_ptr + at // 2, mask=mask, other=0)
                 even, odd = nf4_values(codes, codebook_ptr, "table")
                 scale = load_absmax(
@@ -165,24 +178,11 @@ def lora_linear_inner_bwd_kernel(
                 W = (tl.where(at % 2 == 0, even, odd) * scale).to(x.dtype)
                 W = tl.where(mask, W, 0.0)
             acc = tl.dot(x, W, acc, input_precision=PRECISION)
-        delta = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for low in range(0, r, RANK):
-            j = low + tl.arange(0, RANK)
-            S = tl.load(
-                S_ptr + row[:, None] * S_stride + j[None, :],
-                mask=inside[:, None] & (j < r)[None, :], other=0.0,
-            )  # fmt: skip
-            B = tl.load(
-                B_ptr + n[None, :] * B_row + j[:, None].to(tl.int64) * B_column,
-                mask=live[None, :] & (j < r)[:, None], other=0.0,
-            ).to(tl.float32)  # fmt: skip
-            delta = split_dot(S, B, delta, SPLIT, PRECISION)
-        inner = acc * keep_scale + tl.load(scaling_ptr) * delta
         grad = tl.load(
             grad_ptr + row[:, None] * N + n[None, :], mask=inside[:, None] & live[None, :],
             other=0.0,
         )  # fmt: skip
-        total += tl.sum(grad.to(tl.float32) * inner, axis=0)
+        total += tl.sum(grad.to(tl.float32) * acc, axis=0) * keep_scale
     tl.store(parts_ptr + split * (last - first) + local, total, mask=live)
 
 
