@@ -29,23 +29,26 @@ ROTATED_BYTES = 160 << 20
 ALL = 1 << 30
 
 DECODE = [
-    DecodeChoice(block_n=n, steps=steps, warps=warps, stages=stages)
-    for n, steps, warps, stages in (
-        (64, 2, 2, 3), (64, 2, 2, 2), (64, 2, 2, 4), (64, 1, 2, 4), (64, 4, 2, 2),
-        (32, 2, 1, 3), (32, 4, 1, 2), (32, 2, 1, 4), (128, 2, 4, 3), (128, 1, 4, 4), (32, 4, 2, 2),
+    DecodeChoice(block_n=n, warps=warps, stages=stages)
+    for n, warps, stages in (
+        (64, 2, 3), (64, 2, 4), (64, 2, 6), (128, 4, 3), (128, 4, 4), (64, 4, 4), (32, 1, 4),
+        (128, 2, 4),
     )
 ]  # fmt: skip
-DECODE_PROGRAMS = (4, 6, 8, 12)
+DECODE_PROGRAMS = (4, 8, 12)
 TILE = [
-    TileChoice(block_m=m, block_n=n, block_k=64, warps=warps, stages=stages, programs=2)
-    for m, n, warps, stages in (
-        (32, 128, 4, 3), (32, 64, 4, 3), (64, 128, 4, 3), (64, 128, 8, 3), (64, 64, 4, 3),
-        (128, 128, 8, 3), (128, 64, 4, 3),
+    TileChoice(block_m=m, block_n=n, block_k=64, warps=warps, stages=stages, lookup=lookup)
+    for m, n, warps, stages, lookup in (
+        (32, 128, 4, 3, "gather"), (32, 128, 8, 3, "gather"), (32, 64, 4, 3, "gather"),
+        (32, 128, 4, 3, "planes"), (64, 128, 4, 3, "gather"), (64, 128, 8, 3, "gather"),
+        (64, 64, 4, 3, "gather"), (64, 128, 4, 3, "planes"), (128, 128, 8, 3, "gather"),
+        (128, 64, 4, 3, "gather"), (128, 128, 8, 3, "planes"),
     )
 ]  # fmt: skip
+TILE_PROGRAMS = (2, 4)
 TRANSPOSED = [
-    TileChoice(block_m=m, block_n=n, block_k=k, warps=warps, stages=3, programs=2)
-    for m, n, k, warps in ((32, 64, 64, 4), (64, 64, 64, 4), (64, 64, 128, 4), (64, 32, 128, 8))
+    TileChoice(block_m=m, block_n=n, block_k=k, warps=warps, stages=3)
+    for m, n, k, warps in ((32, 64, 64, 4), (64, 64, 64, 4), (64, 64, 128, 8), (64, 32, 128, 4))
 ]
 SLAB_MIB = (8, 16, 24, 32, 48)
 
@@ -76,14 +79,16 @@ def ways(base: LinearTuning, what: str, M: int) -> Iterator[tuple[str, LinearTun
     base = change(base, decode_rows=0, tile_rows=0, tile_rows_transposed=0)
     choices = TILE if what == "forward" else TRANSPOSED
     for choice in choices if 16 <= M <= 128 else ():
-        if choice.block_m <= max(32, M):
-            served = {"tile": choice, "tile_rows": ALL}
+        for programs in TILE_PROGRAMS if choice.block_m <= max(32, M) <= 2 * choice.block_m else ():
+            tried = change(choice, programs=programs)
+            served = {"tile": tried, "tile_rows": ALL}
             if what == "gradient":
-                served = {"transposed": choice, "tile_rows_transposed": ALL}
-            yield f"tile {choice}", change(base, **served)
+                served = {"transposed": tried, "tile_rows_transposed": ALL}
+            yield f"tile {tried}", change(base, **served)
     if M >= 16:
-        for mib in SLAB_MIB if M >= 1024 else (16, 32):
-            yield f"slab {mib} MiB", change(base, slab_bytes=mib << 20)
+        for mib in SLAB_MIB if M >= 1024 else (32, 48, 64):
+            size = mib << 20
+            yield f"slab {mib} MiB", change(base, slab_bytes=size, slab_bytes_few=size)
 
 
 def cases(base: LinearTuning) -> Iterator[Case]:

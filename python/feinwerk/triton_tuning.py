@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class DecodeChoice:
-    """The decode kernel's tile: block_n rows of W, steps x 64 elements of K at a time."""
+    """The decode kernel's tile: block_n rows of W, 64 elements of K at a time."""
 
     block_n: int = 64
-    steps: int = 2
     warps: int = 2
-    stages: int = 3
-    programs: int = 6  # per multiprocessor, which K is split for
+    stages: int = 4
+    programs: int = 8  # per multiprocessor, which K is split for
     splits: int = 0  # if not 0, overrides what programs gives
 
 
@@ -50,7 +49,11 @@ class LinearTuning:
     tile_rows: int = 64
     tile_rows_transposed: int = 32
     tile_rows_fp32: int = 8
-    slab_bytes: int = 16 << 20  # a dense slab and what it is multiplied with stay in L2
+    # A dense slab, which L2 holds together with what it is multiplied with. Below slab_rows rows
+    # the products are short: fewer and larger slabs.
+    slab_rows: int = 1024
+    slab_bytes: int = 24 << 20
+    slab_bytes_few: int = 32 << 20
     decode: DecodeChoice = field(default_factory=DecodeChoice)
     tile: TileChoice = field(default_factory=TileChoice)
     transposed: TileChoice = field(default_factory=lambda: TileChoice(block_n=64))
@@ -74,7 +77,8 @@ _LINEAR: dict[tuple[str, str], LinearTuning] = {
         tile_rows_transposed=1 << 30,
         tile_rows_fp32=1 << 30,
         slab_bytes=1 << 14,
-        decode=DecodeChoice(block_n=128, steps=2),
+        slab_bytes_few=1 << 14,
+        decode=DecodeChoice(block_n=128, programs=2),
         tile=_INTERPRETED,
         transposed=_INTERPRETED,
         tile_fp32=_INTERPRETED,

@@ -17,7 +17,12 @@ from feinwerk.ops.nf4_linear import triton as linear
 from feinwerk.triton_tuning import DecodeChoice, LinearTuning, TileChoice
 
 SLABS = LinearTuning(
-    decode_rows=0, tile_rows=0, tile_rows_transposed=0, tile_rows_fp32=0, slab_bytes=1 << 17
+    decode_rows=0,
+    tile_rows=0,
+    tile_rows_transposed=0,
+    tile_rows_fp32=0,
+    slab_bytes=1 << 17,
+    slab_bytes_few=1 << 17,
 )
 
 
@@ -69,10 +74,9 @@ def test_out_may_be_a_slice() -> None:
             assert not around[:, 134:].any()
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 5])
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_decode_for_any_cut_of_K(splits: int, steps: int) -> None:
-    choice = DecodeChoice(block_n=32, steps=steps, splits=splits)
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_decode_for_any_cut_of_K(splits: int) -> None:
+    choice = DecodeChoice(block_n=64, splits=splits)
     tuning = LinearTuning(decode=choice, decode_outputs=1)
     for K in (64, 320, 704):
         weight = make_weight(150, K, double_quant=True)

@@ -94,7 +94,7 @@ def multiply(
         return y
     # addmm adds its first argument in fp32 and rounds once; it wants it in y's dtype.
     bias = None if bias is None else bias.detach().to(x2d.dtype)
-    steps = slabs(tables, N, K, blocksize, x2d.dtype, by="rows", tuning=tuning)
+    steps = slabs(tables, N, K, blocksize, x2d.dtype, "rows", rows=rows, tuning=tuning)
     for begin, end, slab in steps:
         if bias is None:
             torch.mm(x2d, slab.t(), out=y[:, begin:end])
@@ -127,7 +127,8 @@ def multiply_transposed(
         choice = _choice(choice, tuning, K, blocksize)
         multiply_transposed_tile(grad2d, tables, grad_x, blocksize=blocksize, choice=choice)
         return grad_x
-    steps = slabs(tables, N, K, blocksize, grad2d.dtype, by="columns", tuning=tuning)
+    rows = grad2d.shape[0]
+    steps = slabs(tables, N, K, blocksize, grad2d.dtype, "columns", rows=rows, tuning=tuning)
     for begin, end, slab in steps:
         torch.mm(grad2d, slab, out=grad_x[:, begin:end])
     return grad_x
@@ -141,17 +142,20 @@ def slabs(
     dtype: torch.dtype,
     by: str = "rows",
     *,
+    rows: int | None = None,
     tuning: LinearTuning | None = None,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Yield (begin, end, slab of W~): [end - begin, K] by "rows", [N, end - begin] by "columns".
 
     All slabs are written into one buffer: use a slab before taking the next. They are of nearly
-    equal size, so that the last one is no remainder.
+    equal size, so that the last one is no remainder. `rows` of x, if known, set their size.
     """
     packed, absmax, nested_absmax, nested_codebook, nested_offset = tables
     tuning = tuning or _tuning_of(packed)
     count, other = (N, K) if by == "rows" else (K, N)
-    parts = -(-count * other * dtype.itemsize // tuning.slab_bytes)
+    few = rows is not None and rows < tuning.slab_rows
+    bound = tuning.slab_bytes_few if few else tuning.slab_bytes
+    parts = -(-count * other * dtype.itemsize // bound)
     step = min(count, -(-count // (parts * _STEP)) * _STEP)
     buffer = torch.empty(step * other, dtype=dtype, device=packed.device)
     for begin in range(0, count, step):

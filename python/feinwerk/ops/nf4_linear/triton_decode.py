@@ -1,9 +1,9 @@
 """nf4_linear for few rows of x (decoding): the weight is read once, absmax applied after the dot.
 
 ```
-   a program: BLOCK_N rows of W, a part of K       a step: STEPS runs of 64 elements, 32 bytes a row
-   even[BLOCK_N, 32] @ x[:, 0::2]^T  +  odd[BLOCK_N, 32] @ x[:, 1::2]^T  =  the run's dot products
-   acc += absmax[:, None] * dot products
+   a program: BLOCK_N rows of W, a part of K; a step: a run of 64 elements, 32 bytes a row
+   dots  =  even[BLOCK_N, 32] @ x[:, 0::2]^T  +  odd[BLOCK_N, 32] @ x[:, 1::2]^T
+   acc  +=  absmax[:, None] * dots
 ```
 The high and the low nibbles are operands of their own, so that nothing is interleaved, and W is the
 left operand, so that its codes become values in registers. x arrives in pairs of elements, as
@@ -16,12 +16,15 @@ import torch
 import triton
 import triton.language as tl
 
+from feinwerk.codebook import NESTED_BLOCKSIZE
 from feinwerk.ops.nf4_linear import triton_prmt
-from feinwerk.triton_lib import gpu_of, launch, load_absmax, nf4_values
+from feinwerk.triton_lib import Gpu, gpu_of, launch, load_absmax, nf4_values
 from feinwerk.triton_tuning import DecodeChoice
 
 # absmax and 64 elements of a row: what the kernel takes at a time.
 RUN = 64
+_HALF = tl.constexpr(RUN // 2)
+_NESTED = tl.constexpr(NESTED_BLOCKSIZE)
 
 
 def decode(
@@ -41,7 +44,7 @@ def decode(
     N = y.shape[1]
     gpu = gpu_of(x.device)
     lookup = "prmt" if gpu.backend == "cuda" else "select"
-    runs = -(-K // (RUN * choice.steps))  # of choice.steps each
+    runs = K // RUN
     tiles = -(-N // choice.block_n)
     splits = choice.splits or max(1, min(runs, choice.programs * gpu.multiprocessors // tiles))
     part = -(-runs // splits)
@@ -52,9 +55,8 @@ def decode(
     launch(
         nf4_linear_decode_fwd_kernel, (tiles, splits),
         pairs(x), packed, absmax, nested_absmax, nested_codebook, nested_offset, bias, out,
-        M, N, K, out.stride(-2), part,
-        BLOCKSIZE=blocksize, BLOCK_M=8 if M <= 8 else 16, BLOCK_N=choice.block_n,
-        STEPS=choice.steps, EVEN=K % (RUN * choice.steps) == 0, WHOLE=whole,
+        M, N, K // 2, out.stride(-2), part,
+        BLOCKSIZE=blocksize, BLOCK_M=_columns(M, gpu), BLOCK_N=choice.block_n, WHOLE=whole,
         FP16=x.dtype is torch.float16, NESTED=nested_absmax is not None, LOOKUP=lookup,
         ASSEMBLY=triton_prmt.assembly(x.dtype) if lookup == "prmt" else "",
         DIVISOR=triton_prmt.SCALES[x.dtype] if lookup == "prmt" else 1.0,
@@ -62,6 +64,11 @@ def decode(
     )  # fmt: skip
     if not whole:
         finish(out, bias, y)
+
+
+def _columns(M: int, gpu: Gpu) -> int:
+    """How many rows of x a product takes: NVIDIA's has one of 8."""
+    return 8 if M <= 8 and gpu.backend != "hip" else 16
 
 
 def pairs(x: torch.Tensor) -> torch.Tensor:
@@ -97,53 +104,58 @@ def _permuted(codes, ASSEMBLY: tl.constexpr, FP16: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "part"])
 def nf4_linear_decode_fwd_kernel(
     x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr,
-    bias_ptr, out_ptr, M, N, K, out_stride, part,
-    BLOCKSIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
-    EVEN: tl.constexpr, WHOLE: tl.constexpr, FP16: tl.constexpr, NESTED: tl.constexpr,
-    LOOKUP: tl.constexpr, ASSEMBLY: tl.constexpr, DIVISOR: tl.constexpr, STAGES: tl.constexpr,
+    bias_ptr, out_ptr, M, N, row_bytes, out_stride, part,
+    BLOCKSIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+    FP16: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr, ASSEMBLY: tl.constexpr,
+    DIVISOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Multiply BLOCK_N rows of W, `part` steps of K, with all rows of x."""
-    HALF: tl.constexpr = 32
+    """Multiply BLOCK_N rows of W, `part` runs of K, with all rows of x.
+
+    row_bytes, K / 2, is an argument of its own: the compiler sees that it is a multiple of 16.
+    """
     dtype: tl.constexpr = tl.float16 if FP16 else tl.bfloat16
     split = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
-    half = tl.arange(0, HALF)
+    half = tl.arange(0, _HALF)
     row = tl.minimum(n, N - 1).to(tl.int64)  # rows past the end repeat the last one
-    source = packed_ptr + row[:, None] * (K // 2) + half[None, :]
-    pair = x_ptr + m[None, :] * (K // 2) + half[:, None]
+    everywhere = row >= 0
+    source = packed_ptr + row[:, None] * row_bytes + half[None, :]
+    pair = x_ptr + m[None, :] * row_bytes + half[:, None]
     x_mask = (m < M)[None, :]
+    element = row * row_bytes * 2
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    first = split * part * (STEPS * HALF)
-    last = tl.minimum(first + part * (STEPS * HALF), K // 2)
-    for begin in tl.range(first, last, STEPS * HALF, num_stages=STAGES):
-        for step in tl.static_range(STEPS):
-            at = begin + step * HALF
-            block = (row * K + 2 * at) // BLOCKSIZE
-            if EVEN:
-                codes = tl.load(source + at)
-                words = tl.load(pair + at, mask=x_mask, other=0)
-                known = row >= 0
-            else:  # the last step may have fewer runs
-                inside = half < K // 2 - at
-                codes = tl.load(source + at, mask=inside[None, :], other=0)
-                words = tl.load(pair + at, mask=x_mask & inside[:, None], other=0)
-                known = row * 0 < K // 2 - at
+    first = split * part * _HALF
+    last = tl.minimum(first + part * _HALF, row_bytes)
+    if NESTED:
+        offset = tl.load(nested_offset_ptr)
+        code = tl.load(absmax_ptr + (element + 2 * first) // BLOCKSIZE)
+    for at in tl.range(first, last, _HALF, num_stages=STAGES):
+        codes = tl.load(source + at)
+        words = tl.load(pair + at, mask=x_mask, other=0)
+        block = (element + 2 * at) // BLOCKSIZE
+        if NESTED:
+            # load_absmax, whose code was fetched a run ago: what follows it never waits for DRAM.
+            scale = tl.load(nested_codebook_ptr + code.to(tl.int32))
+            scale = scale * tl.load(nested_absmax_ptr + block // _NESTED) + offset
+            following = tl.minimum(at + _HALF, row_bytes - _HALF)
+            code = tl.load(absmax_ptr + (element + 2 * following) // BLOCKSIZE)
+        else:
             scale = load_absmax(
-                absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr, block, known,
-                NESTED,
+                absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr, block,
+                everywhere, NESTED,
             )  # fmt: skip
-            if LOOKUP == "prmt":
-                even, odd = _permuted(codes, ASSEMBLY, FP16)
-            else:
-                even, odd = nf4_values(codes, absmax_ptr, LOOKUP)
-                even = even.to(dtype)
-                odd = odd.to(dtype)
-            x_even = (words & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-            x_odd = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
-            dots = tl.dot(even, x_even)
-            dots = tl.dot(odd, x_odd, dots)
-            acc = tl.fma(dots, tl.broadcast_to(scale[:, None], [BLOCK_N, BLOCK_M]), acc)
+        if LOOKUP == "prmt":
+            even, odd = _permuted(codes, ASSEMBLY, FP16)
+        else:
+            even, odd = nf4_values(codes, absmax_ptr, LOOKUP)
+            even = even.to(dtype)
+            odd = odd.to(dtype)
+        x_even = (words & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+        x_odd = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+        dots = tl.dot(even, x_even)
+        dots = tl.dot(odd, x_odd, dots)
+        acc = tl.fma(dots, tl.broadcast_to(scale[:, None], [BLOCK_N, BLOCK_M]), acc)
     acc = acc * (1.0 / DIVISOR)
     live = (n < N)[:, None] & x_mask
     to = (split * M + m).to(tl.int64)[None, :] * out_stride + n[:, None]
