@@ -116,6 +116,7 @@ def fake_memory() -> Iterator[Memory]:
     memory = Memory()
     builder: Any = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
+    atomic = builder.create_atomic_rmw
     call = interpreter.GridExecutor.__call__
 
     def masked_load(
@@ -132,6 +133,14 @@ def fake_memory() -> Iterator[Memory]:
 
     def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> None:
         memory.touch(pointers, mask, "store")
+
+    def atomic_rmw(
+        self: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **more: Any
+    ) -> Any:
+        block = memory.touch(pointers, mask, "add")
+        if block is not None and block.real:
+            return atomic(self, op, pointers, value, mask, *rest, **more)
+        return interpreter.TensorHandle(np.zeros_like(value.data), value.dtype.scalar)
 
     def corners(self: Any, *args: Any, **options: Any) -> None:
         memory.launches += 1
@@ -155,14 +164,17 @@ def fake_memory() -> Iterator[Memory]:
             scope.restore()
 
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+    builder.create_atomic_rmw = atomic_rmw
     interpreter.GridExecutor.__call__ = corners
     replaced = _replace_tables(memory)
     try:
         yield memory
     finally:
+        triton_lib.pretend(None)
         for module, name, function in replaced:
             setattr(module, name, function)
         builder.create_masked_load, builder.create_masked_store = load, store
+        builder.create_atomic_rmw = atomic
         interpreter.GridExecutor.__call__ = call
 
 

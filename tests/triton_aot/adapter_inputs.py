@@ -20,8 +20,8 @@ def weight_norm() -> Rows:
         ("dense fp32", 4096, 4096, 16, None, FP32, FP32, False),
         ("odd", 31, 97, 3, (64, True), BF16, FP32, False),
         ("rank 256", 4096, 4096, 256, (64, True), BF16, BF16, False),
-        ("above 2^31", 2**16, 2**15 + 1, 16, (64, True), BF16, BF16, False),
-        ("dense above 2^31", 2**16, 2**15 + 1, 16, None, BF16, BF16, False),
+        ("above 2^31", 2**24 + 1, 129, 16, (64, True), BF16, BF16, False),
+        ("dense above 2^31", 2**24 + 1, 129, 16, None, BF16, BF16, False),
     )
     for name, N, K, r, base, dtype, adapter, everywhere in table:
         tables = base_of(N, K, base, dtype)
@@ -56,8 +56,11 @@ ADAPTED: tuple[tuple[Any, ...], ...] = (
     ("many with DoRA", 512, 4096, 4096, (16, 8), (64, True), BF16, FP32, 0.0, True, False),
     ("many, one with DoRA", 512, 4096, 4096, (16, 8), (64, True), BF16, BF16, 0.1, True, False),
     ("many, decode", 8, 4096, 4096, (16,) * 8, (64, True), BF16, BF16, 0.0, False, False),
-    ("above 2^31", 2, 2**16, 2**15 + 1, (16,), (64, True), BF16, BF16, 0.1, False, False),
-    ("DoRA above 2^31", 64, 2**16, 2**15 + 1, (16,), (64, True), BF16, BF16, 0.0, True, False),
+    # Few steps of a kernel's loop: over K forward, over N backward.
+    ("tall above 2^31", 2, 2**24 + 1, 129, (16,), (64, True), BF16, BF16, 0.1, False, False),
+    ("wide above 2^31", 2, 129, 2**24 + 1, (16,), (64, True), BF16, BF16, 0.1, False, False),
+    ("DoRA tall above 2^31", 64, 2**24 + 1, 129, (16,), (64, True), BF16, BF16, 0.0, True, False),
+    ("DoRA wide above 2^31", 64, 129, 2**24 + 1, (16,), (64, True), BF16, BF16, 0.0, True, False),
     ("rows above 2^31", 2**20, 4096, 4096, (16,), (64, True), BF16, BF16, 0.1, False, False),
     ("many above 2^31", 2**20, 4096, 4096, (16, 8), (64, True), BF16, BF16, 0.0, True, False),
     ("many dense", 512, 4096, 4096, (16, 8), None, BF16, BF16, 0.1, True, False),
@@ -82,6 +85,8 @@ def _adapters(
 
 def lora_linear() -> Rows:
     for name, M, N, K, ranks, base, dtype, adapter, p, dora, everywhere in ADAPTED:
+        if "wide" in name:
+            continue
         A, B, magnitude = _adapters(N, K, ranks, adapter, dora)
         if "one with DoRA" in name:
             magnitude[1] = meta(0, dtype=adapter)
@@ -106,10 +111,14 @@ def lora_linear() -> Rows:
 
 def lora_linear_backward() -> Rows:
     for name, M, N, K, ranks, base, dtype, adapter, p, dora, everywhere in ADAPTED:
+        if "tall" in name:
+            continue
         A, B, magnitude = _adapters(N, K, ranks, adapter, dora)
         if "one with DoRA" in name:
             magnitude[1] = meta(0, dtype=adapter)
-        for kept in (True, False) if dora and not p else (False,):
+        # The product that y would have kept is summed over K.
+        both = (True,) if "wide" in name else (True, False)
+        for kept in both if dora and not p else (False,):
             for grad_x in (True, False) if name == "LoRA" else (True,):
                 args = (
                     meta(M, N, dtype=dtype), meta(M, K, dtype=dtype), meta(M, max(ranks)),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.triton_aot.meta_tensors import BF16, FP16, FP32, REFERENCE, Rows, meta, weight
 
-HUGE = (2**16, 2**15 + 1)  # N, K
+# N and K above 2^31 elements, with few steps of a kernel's loop: over K forward, N backward.
+TALL, WIDE = (2**24 + 1, 129), (129, 2**24 + 1)
 
 
 def above(N: int, K: int) -> str:
@@ -58,8 +59,8 @@ def nf4_linear() -> Rows:
         (64, 4096, 4096, 32, False, BF16),
         (64, 4096, 4096, 4096, True, BF16),
         (2048, 48, 576, 64, False, BF16),
-        (1, *HUGE, 64, True, BF16),
-        (64, *HUGE, 64, True, BF16),
+        (1, *TALL, 64, True, BF16),
+        (64, *TALL, 64, True, BF16),
     )
     for M, N, K, blocksize, nested, dtype in table:
         packed, absmax, tables = weight(N * K, blocksize, nested)
@@ -86,8 +87,8 @@ def nf4_linear_backward() -> Rows:
         (33, 31, 97, 64, False, FP32),
         (64, 4096, 4096, 4096, True, BF16),
         (64, 4096, 4096, 32, False, FP16),
-        (1, *HUGE, 64, True, BF16),
-        (64, *HUGE, 64, True, BF16),
+        (1, *WIDE, 64, True, BF16),
+        (64, *WIDE, 64, True, BF16),
     )
     for M, N, K, blocksize, nested, dtype in table:
         packed, absmax, tables = weight(N * K, blocksize, nested)
