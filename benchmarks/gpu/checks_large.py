@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.checks_adapters import case_on
-from benchmarks.gpu.correctness import Check, Results, on_host
+from benchmarks.gpu.checks_adapters import case_on, within_bounds
+from benchmarks.gpu.correctness import Check, Results
 from benchmarks.gpu.weights import make_weight
 from feinwerk import NF4Weight, nf4_dequantize, nf4_embedding, nf4_linear_backward, nn, testing
 from feinwerk.testing.adapters import AdapterCase, make_adapters
@@ -126,7 +126,7 @@ def _compiled(tiny: bool) -> Iterator[Check]:
             names = {"y", *case.leaves()} - {"bias"}
             if results.keys() != names:
                 raise AssertionError(f"results: expected {sorted(names)}, got {sorted(results)}")
-            case.check(on_host(results))
+            within_bounds(case, results)
 
         name = f"{'DoRA' if dora else 'LoRA'} on NF4Linear, torch.compile(fullgraph=True)"
         yield Check("lora_linear", name, actual, judge, poison=False)
