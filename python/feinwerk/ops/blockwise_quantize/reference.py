@@ -33,7 +33,7 @@ def blockwise_quantize(
         half = (scaled.clamp(-1, 1) + 1.0) * 0.5
         number = (half.double() * 65535.0 + 0.5).float()
         number = torch.where(nan, 0.0, number).trunc()
-        scaled = (number + number) / 65535.0 - 1.0
+        scaled = (number + number) / _on(number, 65535.0) - 1.0
     codes = torch.bucketize(scaled, midpoints, out_int32=True)
     if rule == "cpu":
         codes = torch.where((absmax == 0).unsqueeze(1), 0, codes)
@@ -63,7 +63,7 @@ def ordered_mean(x: torch.Tensor) -> torch.Tensor:
     first = _chain(vectors[len(vectors) // 4 * 4 :], start=total[0])
     lane_sums = _chain(total[1:], start=first)
     tail = _chain(x[count // lanes * lanes :].view(-1, 1))
-    return _chain(lane_sums.view(-1, 1), start=tail).view(()) / count
+    return _chain(lane_sums.view(-1, 1), start=tail).view(()) / _on(x, count)
 
 
 def _chain(addends: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
@@ -73,3 +73,8 @@ def _chain(addends: torch.Tensor, start: torch.Tensor | None = None) -> torch.Te
     for addend in addends.unbind(-2):
         total = total + addend
     return total
+
+
+def _on(like: torch.Tensor, divisor: float) -> torch.Tensor:
+    """A divisor that CUDA divides by; by a number of Python's it multiplies with the reciprocal."""
+    return torch.full((), divisor, dtype=like.dtype, device=like.device)
