@@ -28,7 +28,11 @@ bool cpu_has_avx512() {
 
 bool cpu_has_avx512_vnni() { return cpu_has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
-bool cpu_has_avx512_bf16() { return cpu_has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+// With the byte look-ups of VBMI, which every such CPU but Cooper Lake has.
+bool cpu_has_avx512_bf16() {
+  return cpu_has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vbmi");
+}
 
 bool cpu_has_amx() {
 #if defined(__linux__)

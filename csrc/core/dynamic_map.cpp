@@ -64,8 +64,12 @@ DynamicMap make_map(bool is_signed) {
     map.first[1][bucket] = code_of(-float_of(bits | 0xffff));
   }
 
-  // magnitude of the last number of a group -> boundary to the next group
-  const auto boundary = [&](int group) { return map.midpoints[zero + first_of[group + 1] - 1]; };
+  // The largest magnitude of a group. The last two cells make a group of their own, so that every
+  // threshold is where a cell of the group below it ends.
+  const int last_cell = count - 2;
+  const auto boundary = [&](int group) {
+    return map.midpoints[zero + (group == kDecades ? last_cell : first_of[group + 1]) - 1];
+  };
   for (int octave = 0; octave < 32; ++octave) {
     const float low = float_of(static_cast<uint32_t>(96 + octave) << 23);
     int group = 0;
@@ -74,18 +78,28 @@ DynamicMap make_map(bool is_signed) {
     map.threshold[octave] =
         group <= kDecades ? boundary(group) : std::numeric_limits<float>::infinity();
   }
-  constexpr double kCell = DynamicMap::kCell, kNear = DynamicMap::kNear;
+  // The float whose bits 16 to 23 are a number: its cells are twice as wide from 2^24 on.
+  const int shown = is_signed ? 0 : 1;
+  constexpr double kCell = 65536;
+  const auto set_line = [&](int group, double x0, double x1, double first, double cells) {
+    const double at = first + shown;
+    const double wide = at < 128 ? 1 : 2;
+    const double start = at < 128 ? 0x1p23 + kCell * at : 0x1p24 + 2 * kCell * (at - 128);
+    const double multiply = kCell * wide * cells / (x1 - x0);
+    map.multiply[group] = static_cast<float>(multiply);
+    map.offset[group] = static_cast<float>(start - static_cast<double>(map.multiply[group]) * x0 +
+                                           wide * DynamicMap::kNear);
+  };
+  const double zero_ends = boundary(0);
+  set_line(0, 0, zero_ends, 0, 1);
+  map.top[0] = static_cast<uint8_t>(shown);
   for (int d = 1; d <= kDecades; ++d) {
-    const double cells = cells_of[d], first = first_of[d];
-    map.multiply[d] = static_cast<float>(kCell * cells / 0.9 * std::pow(10.0, kDecades - d));
-    map.offset[d] = static_cast<float>(kCell * (first - cells / 9.0) + kNear);
-    map.top[d] = first_of[d] + cells_of[d] - 1;
+    const double power = std::pow(10.0, d - kDecades);
+    set_line(d, 0.1 * power, power, first_of[d], cells_of[d]);
+    map.top[d] = static_cast<uint8_t>(first_of[d] + cells_of[d] - 1 + shown);
   }
-  // The middle of a cell, wherever in the group x is.
-  for (const int group : {0, kDecades + 1}) {
-    map.offset[group] = static_cast<float>(kCell * (first_of[group] + 0.5));
-    map.top[group] = first_of[group];
-  }
+  set_line(kDecades + 1, boundary(kDecades), map.midpoints[zero + last_cell], last_cell, 1);
+  map.top[kDecades + 1] = 255;
   return map;
 }
 

@@ -66,16 +66,18 @@ struct DynamicMap {
   float values[256];
   float midpoints[256];        // between an entry and the next; the last is infinity
   uint8_t first[2][kBuckets];  // by sign: the least code of a bucket
-  // The same by arithmetic: magnitudes come in groups (zero, seven decades, one) of equal cells. In
-  // every octave, by the low 5 bits of its exponent, starts group[] and, above threshold[], the
-  // next. With q = x * multiply + offset the magnitude's number is q / kCell, at most top. q is
-  // kNear too large, so that values nearer than kNear to a boundary have q % kCell < 2 kNear; the
-  // rounding of q is a quarter of that (measured over all boundaries).
-  static constexpr int kCell = 16384, kNear = 1;
+  // The same by arithmetic: magnitudes come in groups of equal cells: zero, seven decades, the last
+  // cell of all with one. In every octave, by the low 5 bits of its exponent, starts group[] and,
+  // above threshold[], the next. The bits of x * multiply + offset, a float from 2^23 on, hold in
+  // bits 16 to 23 the magnitude's number, of the unsigned map the number + 1 (so that the last
+  // decade has the exponent 24 to itself, and one is 0), at most top; in the lower bits where in
+  // its cell x is. That is kNear too large, so that values nearer than kNear to a boundary have at
+  // most 2 kNear there; rounding is less (measured over all floats).
+  static constexpr int kNear = 6;
   int32_t group[32];
   float threshold[32];
   float multiply[16], offset[16];
-  int32_t top[16];
+  uint8_t top[16];
 };
 
 // The limbs of square_sum, and how many bits each has.

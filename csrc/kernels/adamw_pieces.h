@@ -11,6 +11,9 @@ namespace {
 // Floats of a piece. A block of codes up to this size keeps its new moments until its absmax is
 // known; a larger one computes them twice.
 constexpr int64_t kPiece = 1024;
+// Elements of smaller blocks together, and how far ahead memory is asked for: with the states, two
+// pieces and what comes next this leaves the first-level cache half empty.
+constexpr int64_t kTogether = 512;
 constexpr uint32_t kNan = 0x7fc00000;
 
 // The scalars in every lane.
@@ -29,15 +32,20 @@ struct Vectors {
   float *exp_avg, *exp_avg_sq;
 };
 
-inline void advance(const Lanes& s, F grad, F* exp_avg, F* exp_avg_sq) {
+inline F advance_first(const Lanes& s, F grad, F exp_avg) {
   const F g = mul(grad, s.factor);
-  *exp_avg = add(*exp_avg, mul(sub(g, *exp_avg), s.weight1));
-  *exp_avg_sq = add(mul(*exp_avg_sq, s.beta2), mul(mul(g, g), s.weight2));
+  return add(exp_avg, mul(sub(g, exp_avg), s.weight1));
+}
+inline F advance_second(const Lanes& s, F grad, F exp_avg_sq) {
+  const F g = mul(grad, s.factor);
+  return add(mul(exp_avg_sq, s.beta2), mul(mul(g, g), s.weight2));
 }
 
-inline F descend(const Lanes& s, F param, F exp_avg, F exp_avg_sq) {
-  const F ratio = div(exp_avg, add(mul(square_root(exp_avg_sq), s.correction), s.eps));
-  return sub(mul(param, s.shrink), mul(ratio, s.step_size));
+inline F denominator(const Lanes& s, F exp_avg_sq) {
+  return add(mul(square_root(exp_avg_sq), s.correction), s.eps);
+}
+inline F descend(const Lanes& s, F param, F exp_avg, F below) {
+  return sub(mul(param, s.shrink), mul(div(exp_avg, below), s.step_size));
 }
 
 // Calls body(pointers, index) for every vector; the last elements come by way of copies, zeros
@@ -66,9 +74,10 @@ inline void for_each_vector(const Vectors& at, int64_t count, const Body& body) 
 
 inline void update(const Lanes& s, const Vectors& vectors, int64_t count) {
   for_each_vector(vectors, count, [&](const Vectors& at, int64_t) {
-    F m = load(at.exp_avg), v = load(at.exp_avg_sq);
-    advance(s, load(at.grad), &m, &v);
-    store(at.param, descend(s, load(at.param), m, v));
+    const F grad = load(at.grad);
+    const F m = advance_first(s, grad, load(at.exp_avg));
+    const F v = advance_second(s, grad, load(at.exp_avg_sq));
+    store(at.param, descend(s, load(at.param), m, denominator(s, v)));
     store(at.exp_avg, m);
     store(at.exp_avg_sq, v);
   });

@@ -42,26 +42,6 @@ inline void step_plain(const feinwerk_adamw_step_args& args, const feinwerk_adam
 // Below the smallest normal number the reciprocal overflows: such a block becomes zero.
 inline float reciprocal(float absmax) { return absmax >= 0x1p-126f ? 1.0f / absmax : 0.0f; }
 
-// A parameter with codes.
-struct Coded {
-  const feinwerk_adamw_step_args& args;
-  const feinwerk_adamw_tensor& tensor;
-  const DynamicMap (&maps)[2];
-  const Lanes lanes;
-
-  uint8_t* codes(int64_t i) const { return static_cast<uint8_t*>(tensor.exp_avg) + i; }
-  uint8_t* codes_sq(int64_t i) const { return static_cast<uint8_t*>(tensor.exp_avg_sq) + i; }
-
-  void look_up_moments(int64_t begin, int64_t count, float* m, float* v) const {
-    look_up(maps[0].values, codes(begin), count, m);
-    look_up(maps[1].values, codes_sq(begin), count, v);
-  }
-};
-
-struct Maxima {
-  F exp_avg, exp_avg_sq;
-};
-
 // Infinity times the code of zero would be NaN, in the whole block: where a moment has overflowed
 // the block starts afresh, both moments alike.
 inline void store_absmax(float most, float most_sq, float* absmax, float* absmax_sq) {
@@ -70,62 +50,167 @@ inline void store_absmax(float most, float most_sq, float* absmax, float* absmax
   *absmax_sq = finite ? most_sq : 0.0f;
 }
 
-// Codebook entries to new moments; the maxima of their magnitudes leave NaN out.
-template <bool each>
-inline Maxima new_moments(const Lanes& lanes, const float* grad, Factors<each> absmax,
-                          Factors<each> absmax_sq, int64_t count, float* m, float* v, Maxima most) {
+// The entries of a map, in the form that suits the instruction set beside the plain one.
+struct Entries {
+  const float* values;
+#if defined(FEINWERK_BYTE_TABLES)
+  ByteTables tables;
+  explicit Entries(const DynamicMap& map) : values(map.values), tables(map.values) {}
+#else
+  explicit Entries(const DynamicMap& map) : values(map.values) {}
+#endif
+};
+
+// Codes to new moments, one of the two at a time: their tables fill the registers. Without tables
+// of bytes the entries are in `moments`. Returns `most` with the maxima of the magnitudes, which
+// leave NaN out.
+template <bool second, bool each>
+inline F new_moments(const Lanes& lanes, const Entries& entries, const float* grad,
+                     Factors<each> absmax, int64_t count, const uint8_t* codes, float* moments,
+                     F most) {
+  (void)entries, (void)codes;
   const Lanes s = lanes;
-  for_each_vector({nullptr, grad, m, v}, count, [&](const Vectors& at, int64_t i) {
-    F first = mul(load(at.exp_avg), absmax.vector(i));
-    F second = mul(load(at.exp_avg_sq), absmax_sq.vector(i));
-    advance(s, load(at.grad), &first, &second);
-    store(at.exp_avg, first);
-    store(at.exp_avg_sq, second);
-    most.exp_avg = max_number(absolute(first), most.exp_avg);
-    most.exp_avg_sq = max_number(second, most.exp_avg_sq);
-  });
+  int64_t i = 0;
+  const auto advance = [&](F entry, int64_t at, F g) {
+    const F old = mul(entry, absmax.vector(at));
+    const F x = second ? advance_second(s, g, old) : advance_first(s, g, old);
+    most = max_number(second ? x : absolute(x), most);
+    return x;
+  };
+#if defined(FEINWERK_BYTE_TABLES)
+  const ByteTables tables = entries.tables;
+  for (; i + 64 <= count; i += 64) {
+    F entry[4];
+    tables.look_up(codes + i, entry);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) {
+      const int64_t at = i + j * kWidth;
+      store(moments + at, advance(entry[j], at, load(grad + at)));
+    }
+  }
+  look_up(entries.values, codes + i, count - i, moments + i);
+#endif
+  for (; i < count; i += kWidth) {
+    const F entry = read_part<Float32>(moments + i, count - i);
+    const F g = read_part<Float32>(grad + i, count - i);
+    write_part<Float32>(moments + i, count - i, advance(entry, i, g));
+  }
   return most;
 }
 
-// The parameter and the codes of exp_avg. Division and square root, long in one unit, go beside the
-// encoding, which keeps the others busy.
+// 64 elements that come next: hardware prefetchers stop at the end of a page, every second run.
+inline void ask_for(const void* p, int64_t element_size) {
+  const char* const at = static_cast<const char*>(p);
+  for (int64_t line = 0; line < element_size; ++line) __builtin_prefetch(at + 64 * line);
+}
+
+// A parameter with codes.
+struct Coded {
+  const feinwerk_adamw_step_args& args;
+  const feinwerk_adamw_tensor& tensor;
+  const DynamicMap (&maps)[2];
+  const Entries entries, entries_sq;
+  const Lanes lanes;
+
+  Coded(const feinwerk_adamw_step_args& all, const feinwerk_adamw_tensor& one,
+        const DynamicMap (&both)[2], const AdamwScalars& scalars)
+      : args(all),
+        tensor(one),
+        maps(both),
+        entries(both[0]),
+        entries_sq(both[1]),
+        lanes(lanes_of(scalars)) {}
+
+  uint8_t* codes(int64_t i) const { return static_cast<uint8_t*>(tensor.exp_avg) + i; }
+  uint8_t* codes_sq(int64_t i) const { return static_cast<uint8_t*>(tensor.exp_avg_sq) + i; }
+
+  void ask_for_grad(int64_t i) const {
+    const int64_t size = args.grad_dtype == FEINWERK_FLOAT32 ? 4 : 2;
+    ask_for(static_cast<const char*>(tensor.grad) + (i + kTogether) * size, size);
+  }
+  void ask_for_param(int64_t i) const {
+    const int64_t size = args.master == FEINWERK_MASTER_FLOAT32 ? 4 : 2;
+    ask_for(static_cast<const char*>(tensor.param) + (i + kTogether) * size, size);
+  }
+
+  // Before new moments: one call for as many blocks as there are, as it makes tables of its own.
+  void look_up_entries(int64_t begin, int64_t count, float* m, float* v) const {
+#if !defined(FEINWERK_BYTE_TABLES)
+    look_up(entries.values, codes(begin), count, m);
+    look_up(entries_sq.values, codes_sq(begin), count, v);
+#else
+    (void)begin, (void)count, (void)m, (void)v;
+#endif
+  }
+  // See new_moments: of the elements from `begin` on.
+  template <bool each>
+  F new_first(const float* grad, Factors<each> absmax, int64_t begin, int64_t count, float* m,
+              F most) const {
+    return new_moments<false>(lanes, entries, grad, absmax, count, codes(begin), m, most);
+  }
+  template <bool each>
+  F new_second(const float* grad, Factors<each> absmax, int64_t begin, int64_t count, float* v,
+               F most) const {
+    return new_moments<true>(lanes, entries_sq, grad, absmax, count, codes_sq(begin), v, most);
+  }
+};
+
+// Square root and division, long in one unit, go one by one beside the encoding, which keeps the
+// other units busy. First the codes of exp_avg_sq, which becomes what exp_avg is divided by.
 template <bool each>
-inline void finish(const Coded& coded, int64_t count, Factors<each> inverse, const float* m,
-                   const float* v, float* p, uint8_t* codes) {
+inline void finish_second(const Coded& coded, int64_t begin, int64_t count, Factors<each> inverse,
+                          float* v) {
   const Lanes s = coded.lanes;
+  uint8_t* const codes = coded.codes_sq(begin);
   int64_t i = 0;
 #if defined(__AVX512BW__)
-  const Encoder16<true> encoder(coded.maps[0]);
-  for (; i + kWidth <= count; i += kWidth) {
-    const F first = load(m + i);
-    store(p + i, descend(s, load(p + i), first, load(v + i)));
-    if (__builtin_expect(encoder(first, inverse.vector(i), codes + i) != 0, 0))
-      moment_codes<true>(coded.maps[0], m, inverse, i, i + kWidth, codes);
+  const Encoder64<false> encoder(coded.maps[1]);
+  for (; i + encoder.kCodes <= count; i += encoder.kCodes) {
+    F below[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) below[j] = denominator(s, load(v + i + j * kWidth));
+    encoder(v + i, inverse.from(i), codes + i);
+    coded.ask_for_grad(begin + i);
+    ask_for(codes + i + kTogether, 1);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) store(v + i + j * kWidth, below[j]);
+  }
+#endif
+  moment_codes<false>(coded.maps[1], v, inverse, i, count, codes);
+  for (; i < count; i += kWidth) {
+    const F second = read_part<Float32>(v + i, count - i);
+    write_part<Float32>(v + i, count - i, denominator(s, second));
+  }
+}
+
+// The codes of exp_avg and the parameters.
+template <bool each>
+inline void finish_first(const Coded& coded, int64_t begin, int64_t count, Factors<each> inverse,
+                         const float* m, const float* below, float* p) {
+  const Lanes s = coded.lanes;
+  uint8_t* const codes = coded.codes(begin);
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  const Encoder64<true> encoder(coded.maps[0]);
+  for (; i + encoder.kCodes <= count; i += encoder.kCodes) {
+#pragma GCC unroll 4
+    for (int64_t j = i; j < i + encoder.kCodes; j += kWidth)
+      store(p + j, descend(s, load(p + j), load(m + j), load(below + j)));
+    encoder(m + i, inverse.from(i), codes + i);
+    coded.ask_for_param(begin + i);
+    ask_for(codes + i + kTogether, 1);
   }
 #endif
   moment_codes<true>(coded.maps[0], m, inverse, i, count, codes);
   for (; i < count; i += kWidth) {
     const F first = read_part<Float32>(m + i, count - i);
-    const F second = read_part<Float32>(v + i, count - i);
+    const F divisor = read_part<Float32>(below + i, count - i);
     const F param = read_part<Float32>(p + i, count - i);
-    write_part<Float32>(p + i, count - i, descend(s, param, first, second));
+    write_part<Float32>(p + i, count - i, descend(s, param, first, divisor));
   }
 }
 
-template <bool each>
-inline void finish_sq(const DynamicMap& map, int64_t count, Factors<each> inverse, const float* v,
-                      uint8_t* codes) {
-  int64_t i = 0;
-#if defined(__AVX512BW__)
-  const Encoder16<false> encoder(map);
-  for (; i + kWidth <= count; i += kWidth)
-    if (__builtin_expect(encoder(load(v + i), inverse.vector(i), codes + i) != 0, 0))
-      moment_codes<false>(map, v, inverse, i, i + kWidth, codes);
-#endif
-  moment_codes<false>(map, v, inverse, i, count, codes);
-}
-
-// Consecutive blocks of at most kPiece elements together; ends[] from `begin` on.
+// Consecutive blocks together, at most kTogether elements or one block; ends[] from `begin` on.
 constexpr int kRun = 128;
 struct Run {
   int64_t begin;
@@ -142,27 +227,28 @@ inline void for_each_block_of(const Run& run, const Body& body) {
 
 inline void step_run(const Coded& coded, const Run& run) {
   float params[kPiece], grads[kPiece], first[kPiece], second[kPiece];
-  float inverse[kRun], inverse_sq[kRun];
+  float most[kRun], inverse[kRun], inverse_sq[kRun];
   const int64_t begin = run.begin, count = run.ends[run.blocks - 1];
   const float* const g = grad_piece(coded.args, coded.tensor, begin, count, grads);
   float* const p = param_piece(coded.args, coded.tensor, begin, count, params);
-  coded.look_up_moments(begin, count, first, second);
+  coded.look_up_entries(begin, count, first, second);
   for_each_block_of(run, [&](int64_t b, int64_t i, int64_t end) {
-    const Factors<false> old{run.absmax + b}, old_sq{run.absmax_sq + b};
-    const Maxima most = new_moments(coded.lanes, g + i, old, old_sq, end - i, first + i, second + i,
-                                    {zero(), zero()});
-    store_absmax(reduce_max(most.exp_avg), reduce_max(most.exp_avg_sq), run.absmax + b,
-                 run.absmax_sq + b);
+    most[b] = reduce_max(coded.new_first(g + i, Factors<false>{run.absmax + b}, begin + i, end - i,
+                                         first + i, zero()));
+  });
+  for_each_block_of(run, [&](int64_t b, int64_t i, int64_t end) {
+    const F all = coded.new_second(g + i, Factors<false>{run.absmax_sq + b}, begin + i, end - i,
+                                   second + i, zero());
+    store_absmax(most[b], reduce_max(all), run.absmax + b, run.absmax_sq + b);
     inverse[b] = reciprocal(run.absmax[b]);
     inverse_sq[b] = reciprocal(run.absmax_sq[b]);
   });
   for_each_block_of(run, [&](int64_t b, int64_t i, int64_t end) {
-    finish(coded, end - i, Factors<false>{inverse + b}, first + i, second + i, p + i,
-           coded.codes(begin + i));
+    finish_second(coded, begin + i, end - i, Factors<false>{inverse_sq + b}, second + i);
   });
   for_each_block_of(run, [&](int64_t b, int64_t i, int64_t end) {
-    finish_sq(coded.maps[1], end - i, Factors<false>{inverse_sq + b}, second + i,
-              coded.codes_sq(begin + i));
+    finish_first(coded, begin + i, end - i, Factors<false>{inverse + b}, first + i, second + i,
+                 p + i);
   });
   store_param(coded.args, coded.tensor, begin, count, p);
 }
@@ -217,12 +303,13 @@ inline void step_short_run(const Coded& coded, const Run& run) {
   const int64_t begin = run.begin, count = run.ends[run.blocks - 1];
   const float* const g = grad_piece(coded.args, coded.tensor, begin, count, grads);
   float* const p = param_piece(coded.args, coded.tensor, begin, count, params);
-  coded.look_up_moments(begin, count, first, second);
   memset(factors + count, 0, kPadding);
   memset(factors_sq + count, 0, kPadding);
   spread(run, run.absmax, factors);
   spread(run, run.absmax_sq, factors_sq);
-  new_moments(coded.lanes, g, each, each_sq, count, first, second, {zero(), zero()});
+  coded.look_up_entries(begin, count, first, second);
+  coded.new_first(g, each, begin, count, first, zero());
+  coded.new_second(g, each_sq, begin, count, second, zero());
   short_maxima(run, first, most);
   short_maxima(run, second, most_sq);
   for (int b = 0; b < run.blocks; ++b) {
@@ -232,8 +319,8 @@ inline void step_short_run(const Coded& coded, const Run& run) {
   }
   spread(run, most, factors);
   spread(run, most_sq, factors_sq);
-  finish(coded, count, each, first, second, p, coded.codes(begin));
-  finish_sq(coded.maps[1], count, each_sq, second, coded.codes_sq(begin));
+  finish_second(coded, begin, count, each_sq, second);
+  finish_first(coded, begin, count, each, first, second, p);
   store_param(coded.args, coded.tensor, begin, count, p);
 }
 
@@ -242,22 +329,22 @@ inline void step_large_block(const Coded& coded, int64_t begin, int64_t end, flo
                              float* absmax_sq) {
   float params[kPiece], grads[kPiece], first[kPiece], second[kPiece];
   const float old = *absmax, old_sq = *absmax_sq;
-  Maxima most = {zero(), zero()};
+  F most = zero(), most_sq = zero();
   const auto moments = [&](int64_t i, int64_t count) {
-    coded.look_up_moments(i, count, first, second);
     const float* const g = grad_piece(coded.args, coded.tensor, i, count, grads);
-    most = new_moments(coded.lanes, g, Factors<false>{&old}, Factors<false>{&old_sq}, count, first,
-                       second, most);
+    coded.look_up_entries(i, count, first, second);
+    most = coded.new_first(g, Factors<false>{&old}, i, count, first, most);
+    most_sq = coded.new_second(g, Factors<false>{&old_sq}, i, count, second, most_sq);
   };
   for (int64_t i = begin; i < end; i += kPiece) moments(i, min64(kPiece, end - i));
-  store_absmax(reduce_max(most.exp_avg), reduce_max(most.exp_avg_sq), absmax, absmax_sq);
+  store_absmax(reduce_max(most), reduce_max(most_sq), absmax, absmax_sq);
   const float inverse = reciprocal(*absmax), inverse_sq = reciprocal(*absmax_sq);
   for (int64_t i = begin; i < end; i += kPiece) {
     const int64_t count = min64(kPiece, end - i);
     moments(i, count);
     float* const p = param_piece(coded.args, coded.tensor, i, count, params);
-    finish(coded, count, Factors<false>{&inverse}, first, second, p, coded.codes(i));
-    finish_sq(coded.maps[1], count, Factors<false>{&inverse_sq}, second, coded.codes_sq(i));
+    finish_second(coded, i, count, Factors<false>{&inverse_sq}, second);
+    finish_first(coded, i, count, Factors<false>{&inverse}, first, second, p);
     store_param(coded.args, coded.tensor, i, count, p);
   }
 }
@@ -270,7 +357,7 @@ void adamw_step(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tenso
                 const AdamwScalars& scalars, const DynamicMap (&maps)[2], int64_t begin,
                 int64_t end) {
   if (args.state != FEINWERK_STATE_DYNAMIC8) return step_plain(args, tensor, scalars, begin, end);
-  const Coded coded = {args, tensor, maps, lanes_of(scalars)};
+  const Coded coded(args, tensor, maps, scalars);
   Run run = {};
   const auto step_blocks = [&] {
     if (!run.blocks) return;
@@ -286,7 +373,7 @@ void adamw_step(const feinwerk_adamw_step_args& args, const feinwerk_adamw_tenso
     float* const absmax_sq = tensor.exp_avg_sq_absmax + block;
     // Blocks of a short run are no longer than its first.
     const bool longer = run.blocks && run.ends[0] < kShort && last - first > run.ends[0];
-    if (longer || run.blocks == kRun || last - run.begin > kPiece) step_blocks();
+    if (longer || run.blocks == kRun || last - run.begin > kTogether) step_blocks();
     if (last - first > kPiece) {
       step_large_block(coded, first, last, absmax, absmax_sq);
       continue;

@@ -26,6 +26,7 @@ struct Factors {
   const float* p;
   float at(int64_t i) const { return p[each ? i : 0]; }
   F vector(int64_t i) const { return each ? load(p + i) : set1(*p); }
+  Factors from(int64_t i) const { return {each ? p + i : p}; }
 };
 
 // codes[i] = the nearest code of x[i] * inverse, for i in [begin, end); NaN counts as zero.
@@ -40,55 +41,87 @@ inline void moment_codes(const DynamicMap& map, const float* x, Factors<each> in
 }
 
 #if defined(__AVX512BW__)
-// 16 codes at a time by arithmetic, with the map's tables in registers.
+// 64 codes at a time by arithmetic, with the map's tables in registers.
 template <bool is_signed>
-class Encoder16 {
+class Encoder64 {
  public:
-  explicit Encoder16(const DynamicMap& map)
-      : threshold_{load(map.threshold), load(map.threshold + 16)},
+  static constexpr int64_t kCodes = 64;
+
+  explicit Encoder64(const DynamicMap& map)
+      : map_(map),
+        threshold_{load(map.threshold), load(map.threshold + 16)},
         group_{load_dwords(map.group), load_dwords(map.group + 16)},
         multiply_(load(map.multiply)),
         offset_(load(map.offset)),
-        top_(load_dwords(map.top)) {}
+        top_(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(map.top)))) {}
 
-  // Of x * inverse. Returns the lanes, about one in a thousand,
-  // that lie so near a boundary that rounding could matter: those need the table.
-  __mmask16 operator()(F x, F inverse, uint8_t* codes) const {
-    const F s = mul(x, inverse);
-    // 2^-31 stands for everything below, and for NaN: a maximum takes its second operand then.
-    const F a = _mm512_max_ps(is_signed ? absolute(s) : s, set1(0x1p-31f));
-    const I octave = _mm512_srli_epi32(_mm512_castps_si512(a), 23);  // its low 5 bits are read
-    const F threshold = _mm512_permutex2var_ps(threshold_[0], octave, threshold_[1]);
-    const I first = _mm512_permutex2var_epi32(group_[0], octave, group_[1]);
-    const __mmask16 above = _mm512_cmp_ps_mask(a, threshold, _CMP_GT_OQ);
-    const I group = _mm512_mask_add_epi32(first, above, first, _mm512_set1_epi32(1));
-    const F multiply = _mm512_permutexvar_ps(group, multiply_);
-    const F offset = _mm512_permutexvar_ps(group, offset_);
-    const I top = _mm512_permutexvar_epi32(group, top_);
-    const I position = _mm512_cvttps_epi32(fma(a, multiply, offset));
-    constexpr int kFar = DynamicMap::kCell - 2 * DynamicMap::kNear;  // the bits above 2 kNear
-    __mmask16 unsure = _mm512_testn_epi32_mask(position, _mm512_set1_epi32(kFar));
-    const I number =
-        _mm512_min_epi32(_mm512_srli_epi32(position, __builtin_ctz(DynamicMap::kCell)), top);
-    I code;
-    if (is_signed) {
-      // On a threshold the sign decides which is the lower code.
-      unsure |= _mm512_cmp_ps_mask(a, threshold, _CMP_EQ_OQ);
-      const I zero = _mm512_set1_epi32(127);
-      const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(s));
-      code = _mm512_mask_sub_epi32(_mm512_add_epi32(zero, number), negative, zero, number);
-      code = _mm512_max_epi32(code, _mm512_setzero_si512());  // there is no -1
-    } else {
-      // Not where the inverse is 0: see floor_of_zero.
-      const __mmask16 finite = _mm512_cmp_ps_mask(inverse, zero(), _CMP_GT_OQ);
-      const __mmask16 positive = _mm512_mask_cmp_ps_mask(finite, x, zero(), _CMP_GT_OQ);
-      code = _mm512_mask_max_epi32(number, positive, number, _mm512_set1_epi32(1));
+  // The codes of x[0 .. 63] * inverse.
+  template <bool each>
+  void operator()(const float* x, Factors<each> inverse, uint8_t* codes) const {
+    I scaled[4], groups[4], places[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const F s = mul(load(x + 16 * j), inverse.vector(16 * j));
+      // 2^-31 stands for everything below, and for NaN.
+      const F least = set1(0x1p-31f);
+      const F a = is_signed ? _mm512_range_ps(s, least, kLargerMagnitude) : max_number(s, least);
+      const I octave = _mm512_srli_epi32(_mm512_castps_si512(a), 23);  // its low 5 bits are read
+      const F threshold = _mm512_permutex2var_ps(threshold_[0], octave, threshold_[1]);
+      const I first = _mm512_permutex2var_epi32(group_[0], octave, group_[1]);
+      const __mmask16 above = _mm512_cmp_ps_mask(a, threshold, _CMP_GT_OQ);
+      groups[j] = _mm512_mask_add_epi32(first, above, first, _mm512_set1_epi32(1));
+      const F multiply = _mm512_permutexvar_ps(groups[j], multiply_);
+      const F offset = _mm512_permutexvar_ps(groups[j], offset_);
+      places[j] = _mm512_castps_si512(fma(a, multiply, offset));
+      scaled[j] = _mm512_castps_si512(s);
     }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(code));
-    return unsure;
+    const I top = _mm512_shuffle_epi8(top_, pack_bytes<0>(groups));
+    const I number = _mm512_min_epu8(pack_bytes<2>(places), top);
+    if (is_signed) {
+      const I zero = _mm512_set1_epi8(127);
+      const __mmask64 negative = _mm512_movepi8_mask(pack_bytes<3>(scaled));
+      const I code = _mm512_mask_subs_epu8(_mm512_add_epi8(zero, number), negative, zero, number);
+      _mm512_storeu_si512(codes, code);  // saturated: there is no -1
+    } else {
+      const I code = _mm512_sub_epi8(number, _mm512_set1_epi8(1));
+      _mm512_storeu_si512(codes, code);
+      const __mmask64 zeros = _mm512_testn_epi8_mask(code, code);
+      if (__builtin_expect(zeros != 0, 0)) raise_zeros(x, inverse, codes);
+    }
+    const I least_place = _mm512_min_epu16(_mm512_min_epu16(places[0], places[1]),
+                                           _mm512_min_epu16(places[2], places[3]));
+    if (__builtin_expect(near_boundary(least_place) != 0, 0))
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j)  // unrolled: otherwise places[] would live in memory
+        for (uint32_t near = near_boundary(places[j]); near != 0; near &= near - 1) {
+          const int64_t i = 16 * j + __builtin_ctz(near) / 2;
+          moment_codes<is_signed>(map_, x, inverse, i, i + 1, codes);
+        }
   }
 
  private:
+  static constexpr int kLargerMagnitude = 0b1011;  // of vrangeps: the sign cleared
+
+  // Where rounding could matter: there the table decides. One bit in two, for the low words.
+  static uint32_t near_boundary(I place) {
+    return _mm512_mask_cmple_epu16_mask(0x55555555, place,
+                                        _mm512_set1_epi16(2 * DynamicMap::kNear));
+  }
+
+  // See floor_of_zero.
+  template <bool each>
+  static void raise_zeros(const float* x, Factors<each> inverse, uint8_t* codes) {
+    for (int j = 0; j < 4; ++j) {
+      const __mmask16 finite = _mm512_cmp_ps_mask(inverse.vector(16 * j), zero(), _CMP_GT_OQ);
+      const __mmask16 positive =
+          _mm512_mask_cmp_ps_mask(finite, load(x + 16 * j), zero(), _CMP_GT_OQ);
+      auto* const p = reinterpret_cast<__m128i*>(codes + 16 * j);
+      const __m128i code = _mm_loadu_si128(p);
+      _mm_storeu_si128(p, _mm_mask_max_epu8(code, positive, code, _mm_set1_epi8(1)));
+    }
+  }
+
+  const DynamicMap& map_;
   F threshold_[2];
   I group_[2];
   F multiply_, offset_;

@@ -234,6 +234,73 @@ __attribute__((noinline, unused)) int64_t look_up_words(const float* table, cons
   return i;
 }
 
+// Byte k of 64 dwords.
+template <int k>
+inline I pack_bytes(const I (&dwords)[4]) {
+#if defined(__AVX512VBMI__)
+  // Bytes k, k + 4, ... of two vectors; the upper half of the indices waits for the second look-up.
+  alignas(64) static constexpr auto kIndices = [] {
+    struct {
+      uint8_t v[64];
+    } t = {};
+    for (int i = 0; i < 64; ++i) t.v[i] = static_cast<uint8_t>(4 * (i % 32) + k);
+    return t;
+  }();
+  const I indices = _mm512_load_si512(&kIndices);
+  const I low = _mm512_mask2_permutex2var_epi8(dwords[0], indices, 0xffffffff, dwords[1]);
+  return _mm512_mask2_permutex2var_epi8(dwords[2], low, ~0ull << 32, dwords[3]);
+#else
+  I words[2];
+  for (int j = 0; j < 2; ++j) {
+    const auto byte = [&](I x) {
+      return _mm512_and_si512(_mm512_srli_epi32(x, 8 * k), _mm512_set1_epi32(255));
+    };
+    words[j] = _mm512_packus_epi32(byte(dwords[2 * j]), byte(dwords[2 * j + 1]));
+  }
+  const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words[0], words[1]));
+#endif
+}
+
+#if defined(__AVX512VBMI__)
+#define FEINWERK_BYTE_TABLES 1
+// 256 floats as four tables of their bytes, which two look-ups each read for 64 codes.
+struct ByteTables {
+  I planes[4][4];
+  explicit ByteTables(const float* table) {
+    for (int q = 0; q < 4; ++q) {
+      I floats[4];
+      for (int j = 0; j < 4; ++j) floats[j] = load_dwords(table + 64 * q + 16 * j);
+      planes[0][q] = pack_bytes<0>(floats);
+      planes[1][q] = pack_bytes<1>(floats);
+      planes[2][q] = pack_bytes<2>(floats);
+      planes[3][q] = pack_bytes<3>(floats);
+    }
+  }
+  // The floats of 64 codes.
+  void look_up(const uint8_t* codes, F (&floats)[4]) const {
+    // In the order in which unpacking below leaves the floats sorted.
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const I code = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+    const __mmask64 upper = _mm512_movepi8_mask(code);
+    I bytes[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k)
+      bytes[k] =
+          _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(planes[k][0], code, planes[k][1]),
+                                 _mm512_permutex2var_epi8(planes[k][2], code, planes[k][3]));
+    const I low0 = _mm512_unpacklo_epi8(bytes[0], bytes[1]);
+    const I low1 = _mm512_unpackhi_epi8(bytes[0], bytes[1]);
+    const I high0 = _mm512_unpacklo_epi8(bytes[2], bytes[3]);
+    const I high1 = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
+    floats[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low0, high0));
+    floats[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low0, high0));
+    floats[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low1, high1));
+    floats[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low1, high1));
+  }
+};
+#endif
+
 // Table entries are stored plus kBias8: vpdpbusd multiplies unsigned by signed bytes. The caller
 // starts its sums at -kBias8 times the sum of the activations.
 #if defined(__AVX512VNNI__)

@@ -1,4 +1,5 @@
-// Lists of parameters, stepped by the C ABI and by plain C, serially and through the executor.
+// Lists of parameters, stepped by the C ABI and by plain C, serially and through the executor; and
+// the sums of squares of their gradients.
 #include "adamw_cases.h"
 
 #include <math.h>
@@ -165,6 +166,30 @@ static void check_list(context* run, feinwerk_master master, feinwerk_state stat
       same_tensor(run, &args, &tensors[2][i], &tensors[1][i]);
     }
   }
+}
+
+void check_square_sum(context* run) {
+  const int own = run->buffer_count;
+  const test_case* test = run->test;
+  const int64_t shapes[][2] = {
+      {test->m, test->k}, {test->n, 1}, {0, 7}, {3, 0}, {2, 1 + below(run, 5000)}};
+  enum { kShapes = sizeof shapes / sizeof shapes[0] };
+  feinwerk_rows tensors[kShapes];
+  int64_t want[FEINWERK_SQUARE_SUM_LENGTH] = {0};
+  for (int i = 0; i < kShapes; ++i) {
+    const feinwerk_dtype dtype = i == 1 ? FEINWERK_FLOAT32 : test->dtype;
+    const int64_t count = shapes[i][0] * shapes[i][1];
+    tensors[i] = (feinwerk_rows){gradients(run, count, dtype), dtype, shapes[i][0], shapes[i][1]};
+    plain_square_sum(&tensors[i], want);
+  }
+  run->step = "square_sum";
+  for (int serial = 0; serial < 2; ++serial) {
+    int64_t* limbs = take(run, FEINWERK_SQUARE_SUM_LENGTH, sizeof *limbs);
+    const feinwerk_square_sum_args args = {tensors, kShapes, limbs, FEINWERK_SQUARE_SUM_LENGTH};
+    expect_ok(run, feinwerk_square_sum(&args, serial ? NULL : &run->executor));
+    same_bytes(run, "limbs", limbs, want, sizeof want);
+  }
+  free_buffers(run, own);
 }
 
 void check_adamw(context* run) {

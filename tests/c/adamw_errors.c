@@ -1,4 +1,4 @@
-// Everything wrong in a call of adamw_step; part of test_abi.
+// Everything wrong in a call of adamw_step or square_sum; part of test_abi.
 #include <math.h>
 #include <string.h>
 
@@ -122,4 +122,37 @@ void test_adamw_errors(void) {
     args.state = (feinwerk_state)state;
     ACCEPTS(feinwerk_adamw_step(&args, NULL));
   }
+}
+
+void test_square_sum_errors(void) {
+  int64_t limbs[FEINWERK_SQUARE_SUM_LENGTH];
+  feinwerk_rows pair[2] = {{grads, FEINWERK_FLOAT32, kRows, kCols},
+                           {grads, FEINWERK_FLOAT32, kRows, kCols}};
+  const feinwerk_square_sum_args good = {pair, 2, limbs, FEINWERK_SQUARE_SUM_LENGTH};
+  ACCEPTS(feinwerk_square_sum(&good, NULL));
+  expect(__LINE__, FEINWERK_INVALID_ARGUMENT, "square_sum: args must not be null, got null",
+         feinwerk_square_sum(NULL, NULL));
+  REJECTS(square_sum, good, tensors, NULL, "tensors must not be null for 2 elements");
+  REJECTS(square_sum, good, tensor_count, -1, "tensor_count must be at least 0, got -1");
+  REJECTS(square_sum, good, limbs, NULL, "limbs must not be null for 22 elements");
+  REJECTS(square_sum, good, limb_count, 21, "limb_count must be 22, got 21");
+#define BREAK_ROWS(field, value, message)                               \
+  do {                                                                  \
+    const feinwerk_rows rows = pair[1];                                 \
+    pair[1].field = value;                                              \
+    limbs[0] = 7;                                                       \
+    expect(__LINE__, FEINWERK_INVALID_ARGUMENT, "square_sum: " message, \
+           feinwerk_square_sum(&good, NULL));                           \
+    CHECK(limbs[0] == 7);                                               \
+    pair[1] = rows;                                                     \
+  } while (0)
+  BREAK_ROWS(data, NULL, "data must not be null for 300 elements");
+  BREAK_ROWS(dtype, (feinwerk_dtype)3, "dtype must be float32 (0)");
+  BREAK_ROWS(rows, -1, "rows * cols must not be negative, got -1");
+  BREAK_ROWS(cols, -2, "rows * cols must not be negative, got -2");
+  BREAK_ROWS(rows, INT64_MAX, "rows * cols must stay below 2^62");
+#undef BREAK_ROWS
+  const feinwerk_square_sum_args none = {NULL, 0, limbs, FEINWERK_SQUARE_SUM_LENGTH};
+  ACCEPTS(feinwerk_square_sum(&none, NULL));
+  for (int i = 0; i < FEINWERK_SQUARE_SUM_LENGTH; ++i) CHECK(limbs[i] == 0);
 }

@@ -266,6 +266,7 @@ void check_case(const test_case* test) {
   check_backward(&run, &weight, dense);
   check_adapters(&run, &weight);
   check_adamw(&run);
+  check_square_sum(&run);
   free_buffers(&run, 0);
 }
 

@@ -76,5 +76,6 @@ void* workspace(int64_t bytes);
 // adapter_errors.c and adamw_errors.c: everything wrong in a call of their operations.
 void test_adapter_errors(void);
 void test_adamw_errors(void);
+void test_square_sum_errors(void);
 
 #endif  // FEINWERK_TESTS_C_ERRORS_H_

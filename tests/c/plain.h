@@ -32,6 +32,8 @@ void plain_blockwise_quantize(const float* x, float offset, int center, int64_t 
 
 void plain_dynamic_map(int is_signed, float map[256]);
 void plain_adamw_step(const feinwerk_adamw_step_args* args);
+// Adds to limbs[FEINWERK_SQUARE_SUM_LENGTH].
+void plain_square_sum(const feinwerk_rows* rows, int64_t* limbs);
 
 // Philox4x32-10.
 void plain_philox(const uint32_t counter[4], const uint32_t key[2], uint32_t words[4]);

@@ -168,3 +168,36 @@ void plain_adamw_step(const feinwerk_adamw_step_args* args) {
   plain_dynamic_map(1, maps[1]);
   for (int64_t i = 0; i < args->tensor_count; ++i) step_tensor(args, args->tensors + i, maps);
 }
+
+// One row in the order of docs/ops/square_sum.md.
+static double row_sum(const feinwerk_rows* rows, int64_t row) {
+  enum { kLanes = 16, kBlock = 1024 };
+  double sum = 0;
+  for (int64_t first = 0; first < rows->cols; first += kBlock) {
+    double lane[kLanes] = {0};
+    for (int64_t i = first; i < rows->cols && i < first + kBlock; ++i) {
+      const double x = plain_load(rows->data, rows->dtype, row * rows->cols + i);
+      lane[(i - first) % kLanes] += x * x;
+    }
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int j = 0; j < half; ++j) lane[j] += lane[j + half];
+    sum += lane[0];
+  }
+  return sum;
+}
+
+void plain_square_sum(const feinwerk_rows* rows, int64_t* limbs) {
+  enum { kLimbs = FEINWERK_SQUARE_SUM_LENGTH - 2 };
+  for (int64_t row = 0; row < rows->rows; ++row) {
+    double rest = row_sum(rows, row);
+    if (!isfinite(rest)) {
+      ++limbs[isnan(rest) ? kLimbs + 1 : kLimbs];
+      continue;
+    }
+    for (int limb = kLimbs - 1; limb >= 0; --limb) {
+      const double unit = ldexp(1, 30 * limb - 300), digit = floor(rest / unit);
+      limbs[limb] += (int64_t)digit;
+      rest -= digit * unit;
+    }
+  }
+}

@@ -363,6 +363,7 @@ int main(int argc, char** argv) {
   test_backward_errors();
   test_adapter_errors();
   test_adamw_errors();
+  test_square_sum_errors();
   test_blockwise_errors();
   test_philox();
   test_isas();
