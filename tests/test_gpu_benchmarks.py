@@ -197,6 +197,20 @@ def test_the_short_table_is_short_and_names_everything() -> None:
     assert "no such module" in text
 
 
+def test_the_short_table_keeps_every_case_where_everything_was_measured_and_failed() -> None:
+    data = made_up()
+    peer = data["cases"][cases.CASES[0].key]["peers"][cases.DENSE]
+    for case in cases.CASES:
+        data["cases"][case.key]["peers"] |= {
+            bar.against: peer for bar in case.bars if bar.against == cases.BNB
+        }
+    for record in data["checks"].values():
+        record["error"] = "AssertionError: 3 of 9 elements differ, first at 3" * 20
+    text = report.short(data)
+    assert "square_sum fp32" in text
+    assert len(text) <= report.SHORT_CHARACTERS
+
+
 def test_a_failed_case_shows_its_reason() -> None:
     data = made_up()
     case = cases.CASES[0]

@@ -191,8 +191,13 @@ def commit() -> str:
     return found.stdout.strip() + ("+dirty" if changed.stdout.strip() else "")
 
 
-def describe(device: Device) -> dict[str, Any]:
-    """Facts about the device for the results file; `name` is the file's."""
+def describe(device: Device, ask: bool = True) -> dict[str, Any]:
+    """Facts about the device for the results file; `name` is the file's.
+
+    Args:
+        device: which.
+        ask: nvidia-smi too, which may take a second.
+    """
     facts: dict[str, Any] = {"system": f"{platform.system()} {platform.machine()}"}
     if device.gpu:
         found = torch.cuda.get_device_properties(device.torch)
@@ -205,6 +210,6 @@ def describe(device: Device) -> dict[str, Any]:
         }
     else:
         facts |= {"gpu": "a CPU, standing in", "arch": "none"}
-    facts["nvidia_smi"] = smi()
+    facts["nvidia_smi"] = smi() if ask else {}
     facts["name"] = re.sub(r"[^a-z0-9]+", "-", str(facts["gpu"]).lower()).strip("-")
     return facts

@@ -71,7 +71,9 @@ def run(name: str, device: Device, path: Path) -> int:
     """
     data = load(path) or {"part": name, "records": {}, "done": False}
     if "machine" not in data:
-        data |= {"machine": describe(device), "versions": versions()}
+        # Checks run side by side and have nothing to say about clocks.
+        facts = describe(device, ask=not name.startswith(CHECKS))
+        data |= {"machine": facts, "versions": versions()}
     if device.gpu:
         import torch
 
@@ -89,9 +91,6 @@ def run(name: str, device: Device, path: Path) -> int:
             print(f"-- {key}\n{traceback.format_exc()}", flush=True)
             record = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
         record["seconds"] = time.perf_counter() - start
-        if name.startswith(SPEED):
-            sm = smi()
-            record["clocks"] = {k: sm[k] for k in ("clocks.sm", "temperature.gpu") if k in sm}
         data["records"][key] = record
         del data["running"]
         save(path, data)
@@ -102,6 +101,8 @@ def run(name: str, device: Device, path: Path) -> int:
             record.setdefault("error", f"{type(error).__name__}: {str(error).splitlines()[0]}")
             save(path, data)
             return LOST
+    if name.startswith(SPEED):
+        data["after"] = smi()
     data["done"] = True
     save(path, data)
     return 0

@@ -25,6 +25,13 @@ PAGE = ROOT / "docs" / "gpu_benchmarks.md"
 IMAGES = ROOT / "docs" / "images"
 SCHEMA = "gpu-1"
 SHORT_CHARACTERS = 9500
+# Where all would be too much to print, words give way before results do.
+SHORTER = {
+    "nf4_linear_backward dX": "dX", "nf4_linear forward": "y", "dense bf16 F.linear": "dense",
+    "dequantize, F.linear": "deq+F.linear", "copy bandwidth": "copy", "workspace MB": "MB",
+    "bitsandbytes": "bnb", "lora_linear ": "", " not claimed: a check failed": " CHECK FAILED",
+    " not claimed: not checked": " unchecked",
+}  # fmt: skip
 
 
 def merged(found: Sequence[tuple[Path, float, list[str]]]) -> dict[str, Any]:
@@ -40,7 +47,10 @@ def merged(found: Sequence[tuple[Path, float, list[str]]]) -> dict[str, Any]:
         part = parts.load(path) or {"part": path.stem.replace("-", ":", 1), "records": {}}
         data["machine"] = data["machine"] or part.get("machine", {})
         data["versions"] = data["versions"] or part.get("versions", {})
-        data["parts"][part["part"]] = {"seconds": seconds, "notes": notes, **stamp}
+        facts = {"seconds": seconds, "notes": notes, **stamp}
+        if part.get("after"):  # nvidia-smi, just after the last case
+            facts["after"] = part["after"]
+        data["parts"][part["part"]] = facts
         _take(data, part["part"], part["records"])
     return data
 
@@ -83,7 +93,10 @@ def short(data: dict[str, Any]) -> str:
     full = [*lines, *_short_cases(data, everything=True)]
     if len("\n".join(full)) <= SHORT_CHARACTERS:
         return "\n".join(full)
-    return "\n".join([*lines, *_short_cases(data, everything=False)])[:SHORT_CHARACTERS]
+    text = "\n".join([*lines, *_short_cases(data, everything=False)])
+    for name, less in SHORTER.items():
+        text = text.replace(name, less)
+    return text[:SHORT_CHARACTERS]
 
 
 def _short_cases(data: dict[str, Any], everything: bool) -> Iterator[str]:
@@ -100,20 +113,19 @@ def _short_cases(data: dict[str, Any], everything: bool) -> Iterator[str]:
         if record.get("workspace_bytes"):
             cells.append(f"{record['workspace_bytes'] / (1 << 20):.0f} MB")
         cells += [record["ours"]["how"]] if record["ours"]["how"] != "graph" else []
-        yield ", ".join(cell for cell in cells if cell)
+        line = [", ".join(cell for cell in cells if cell)]
         for bar in case.bars:
             found = judge(data, case, bar)
             if found.value is None:
-                absent[f"{bar.against} {found.word}"] = 1 + absent.get(
-                    f"{bar.against} {found.word}", 0
-                )
+                what = f"{bar.against} {found.word}"
+                absent[what] = 1 + absent.get(what, 0)
             else:
-                yield f"    {measured(found.bar.against, found)}  {bar.words} {found.word}"
-        if everything:
-            barred = {bar.against for bar in case.bars}
-            for name, peer in record["peers"].items():
-                if name not in barred:
-                    yield f"    {name} {number(peer['us'])} us, {number(peer['ratio']['median'])}x"
+                line.append(f"{measured(bar.against, found)}, {bar.words} {found.word}")
+        barred = {bar.against for bar in case.bars}
+        for name, peer in record["peers"].items() if everything else ():
+            if name not in barred:
+                line.append(f"{name} {number(peer['ratio']['median'])}x")
+        yield " | ".join(line)
     for what, count in absent.items():
         yield f"{what} ({count} bars)"
 
