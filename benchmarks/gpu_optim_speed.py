@@ -130,7 +130,7 @@ def other_tiles(end: float) -> dict[str, float]:
         for elements, warps in OTHER_TILES:
             if time.monotonic() > end:
                 return found
-            module.choose = lambda gpu, e=elements, w=warps: module.Choice(e, e, 4096, w)
+            module.choose = lambda gpu, e=elements, w=warps: module.Choice(e, e, 2048, w)
             try:
                 ours.step()
                 (times,) = elapsed([ours.step], 2)

@@ -211,7 +211,8 @@ class AdamW(Optimizer):
         return loss
 
     def _step(self, grad_scale: torch.Tensor | None) -> None:
-        for index, param, _ in self._parameters():
+        everything = [found for found in self._parameters() if found[1].grad is not None]
+        for index, param, _ in everything:
             self._check_gradient(index, param)
         clip_coef = None
         if self.max_grad_norm is not None or self.skip_nonfinite:
@@ -223,16 +224,15 @@ class AdamW(Optimizer):
             if self.max_grad_norm is not None:
                 clip_coef = self._norm.clip_coefficient(self.max_grad_norm)
         items: dict[int, list[StepItem]] = {}
-        for index, param, group_index in self._parameters():
-            if param.grad is not None:
-                item = self._item(index, param, self.param_groups[group_index])
-                items.setdefault(group_index, []).append(item)
+        for index, param, group_index in everything:
+            item = self._item(index, param, self.param_groups[group_index])
+            items.setdefault(group_index, []).append(item)
         for group_index, members in items.items():
             group = self.param_groups[group_index]
             step_parameters(members, group, clip_coef=clip_coef, grad_scale=grad_scale)
-        for _, param, _ in self._parameters():
+        for _, param, _ in everything:
             # Their local tensors have counted the change, they themselves have not.
-            if param.grad is not None and is_dtensor(param):
+            if is_dtensor(param):
                 torch.autograd.graph.increment_version(param)
 
     def _parameters(self) -> Iterator[tuple[int, torch.Tensor, int]]:

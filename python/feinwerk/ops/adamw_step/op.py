@@ -69,7 +69,9 @@ def _check(
     if seed is not None and (seed.dtype is not torch.int64 or seed.dim() != 0):
         _checks.reject(ValueError, op, "seed", "be a 0-dim int64 tensor", seed.dtype)
     for i in range(count):
-        _one(i, params, grads, exp_avgs, exp_avg_sqs, len(remainders) > 0, seed is not None)
+        # Lists are long, and a fault is rare: one that is like the first needs no closer look.
+        if i == 0 or not _like_the_first(i, params, grads, exp_avgs, exp_avg_sqs):
+            _one(i, params, grads, exp_avgs, exp_avg_sqs, len(remainders) > 0, seed is not None)
         if quantized:
             rows, cols = _checks.rows_of(params[i].shape)
             blocks = rows * -(-cols // blocksize)
@@ -104,6 +106,25 @@ def _scalars(lr: float, beta1: float, beta2: float, eps: float, weight_decay: fl
             _checks.reject(ValueError, _OP_NAME, name, "be in [0, 1)", value)
     if not 0 < eps < float("inf"):
         _checks.reject(ValueError, _OP_NAME, "eps", "be a finite number above 0", eps)
+
+
+def _like_the_first(
+    i: int, params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors
+) -> bool:
+    """Whether `_one` has nothing against a parameter when it has nothing against the first."""
+    param, grad, exp_avg, exp_avg_sq = params[i], grads[i], exp_avgs[i], exp_avg_sqs[i]
+    state = exp_avg.dtype
+    return (
+        param.dtype is params[0].dtype
+        and grad.dtype is grads[0].dtype
+        and state is exp_avgs[0].dtype
+        and state is exp_avg_sq.dtype
+        and param.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape
+        and param.device == grad.device == exp_avg.device == exp_avg_sq.device
+        and param.is_contiguous()
+        and exp_avg.is_contiguous()
+        and exp_avg_sq.is_contiguous()
+    )
 
 
 def _one(

@@ -71,7 +71,7 @@ def choose(gpu: Gpu) -> Choice:
     """Return the configuration for a GPU."""
     if gpu.backend == "interpreter":
         return Choice(8192, 8192, 1024, 4)  # few programs: their number is what takes time there
-    return Choice(1024, 2048, 4096, 4)
+    return Choice(1024, 2048, 2048, 4)
 
 
 def adamw_step(
@@ -155,7 +155,7 @@ def adamw_step(
         elif cut.size > choice.largest:
             launch(
                 adamw_step_large_kernel, grid, *where, tables_on(device), *optional, *scalars,
-                PIECE=choice.coded, **shared,
+                PIECE=_elements(cut, choice), **shared,
             )  # fmt: skip
         else:
             launch(
@@ -196,14 +196,19 @@ def _plan(
     size = triton.next_power_of_2(block)
     whole = size == block and cols % block == 0
     cut = Cut(size, whole, vector, dense and whole)
-    if size > choice.largest:
+    if size > (choice.largest if vector > 1 else choice.coded // 2):
         cut = Cut(2 * choice.largest, False, vector, False)  # one launch for all sizes
     return Plan(cut, -(-rows * a_row // _blocks(cut, choice)), (rows * a_row, cols, block))
 
 
+def _elements(cut: Cut, choice: Choice) -> int:
+    """Elements of a program with codes; those moved one by one need an address each."""
+    return choice.coded if cut.vector > 1 else choice.coded // 2
+
+
 def _blocks(cut: Cut, choice: Choice) -> int:
     """Blocks of a program."""
-    return 1 if cut.size > choice.largest else max(1, choice.coded // cut.size)
+    return 1 if cut.size > choice.largest else max(1, _elements(cut, choice) // cut.size)
 
 
 def _numbers(lr: float, beta1: float, beta2: float, step: int) -> tuple[int, int]:
