@@ -236,7 +236,7 @@ def adapter_budget(
     size = _differentiated(case, torch.float64, "size")
     gain = _gain_error(case, split=engine)
     triton = triton and case.x.dtype is not torch.float32
-    before = _rounded_products(case) if triton else {}
+    before = _rounded_products(case, truth) if triton else {}
     output = {}
     if case.dropout_p == 0:
         output = _rounded_output(case, truth["y"], before["y"] if triton else 0.0)
@@ -296,17 +296,19 @@ def _rounded_gradient(case: AdapterCase) -> torch.Tensor:
     return (rounding * scaled @ W * case.dropout_factor()).reshape(case.x.shape)
 
 
-def _rounded_products(case: AdapterCase) -> dict[str, torch.Tensor]:
-    """What rounding each product with W to x's dtype adds to y and to the gradient of x."""
+def _rounded_products(case: AdapterCase, truth: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What one rounding to x's dtype, of a product with W or of what it is added to, does."""
     dtype, gain, factor = case.x.dtype, _gain_of_rows(case), case.dropout_factor()
     W, x = case.dense(dtype).double(), case.x.reshape(-1, case.K).double()
     dy = case.grad_y.reshape(-1, case.N).double()
     bias = torch.zeros(case.N) if case.bias is None else case.bias
-    y = ulp(x @ W.t() + bias.double(), dtype) / 2
+    through = dy @ W if case.dropout_p else (gain * dy) @ W
+    rest = truth["x"].reshape(x.shape) - through
+    grad_x = torch.maximum(ulp(through, dtype), ulp(rest, dtype)) / 2
+    base = x @ W.t()
+    rest = torch.where(gain == 1, truth["y"].reshape(dy.shape) - base, 0.0)
+    y = torch.maximum(ulp(base + bias.double(), dtype), ulp(rest, dtype)) / 2
     if case.dropout_p == 0:
-        return {"y": gain.abs() * y, "x": ulp((gain * dy) @ W, dtype) / 2}
-    again = ulp((factor * x) @ W.t(), dtype) / 2
-    return {
-        "y": y + (gain - 1).abs() * again,
-        "x": ulp(dy @ W, dtype) / 2 + factor * ulp(((gain - 1) * dy) @ W, dtype) / 2,
-    }
+        return {"y": gain.abs() * y, "x": grad_x}
+    y = y + (gain - 1).abs() * ulp((factor * x) @ W.t(), dtype) / 2
+    return {"y": y, "x": grad_x + factor * ulp(((gain - 1) * dy) @ W, dtype) / 2}

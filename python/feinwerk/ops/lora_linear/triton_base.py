@@ -5,8 +5,8 @@ After a slab's product the caller has its part of y, and the slab itself, in L2.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -21,7 +21,7 @@ Prepare = Callable[[torch.Tensor, int, torch.Tensor], None]
 _STEP = 256
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Base:
     """A frozen weight W~ [N, K], rounded to `dtype`: NF4's tables, or a dense weight and Nones."""
 
@@ -42,12 +42,19 @@ class Base:
         weight = self.tables[0]
         assert weight is not None
         gpu = gpu_of(weight.device)
-        return linear_tuning(gpu.backend, gpu.arch)
+        tuning = linear_tuning(gpu.backend, gpu.arch)
+        if gpu.backend != "interpreter":
+            return tuning
+        # A few slabs of any weight: there it is their number that takes time.
+        few = max(tuning.slab_bytes, self.N * self.K * self.dtype.itemsize // 4)
+        return dataclasses.replace(tuning, slab_bytes=few)
 
     def slabs(self, by: str = "rows") -> Iterator[tuple[int, int, torch.Tensor]]:
         """Yield (begin, end, slab of W~), [end - begin, K] by "rows", else [N, end - begin]."""
         if not self.dense:
-            yield from slabs(self.tables, self.N, self.K, self.blocksize, self.dtype, by)
+            yield from slabs(
+                self.tables, self.N, self.K, self.blocksize, self.dtype, by, tuning=self.tuning
+            )
             return
         weight = self.tables[0]
         assert weight is not None

@@ -21,6 +21,7 @@ from feinwerk.ops.lora_linear.triton_products import (
     gain_of,
     parted_dot,
     parts_of,
+    parts_of_rows,
     precision_of,
 )  # fmt: skip
 from feinwerk.ops.lora_linear.triton_shrink import add_parts
@@ -30,13 +31,16 @@ from feinwerk.triton_lib import Gpu, gpu_of, launch
 MOST_RANK = 32
 
 
-def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int) -> Tiles:
+def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int, dora: bool) -> Tiles:
     width = max(16, triton.next_power_of_2(rank))
     if gpu.backend == "interpreter":
         return Tiles(256, 256, width, 4, 1)
     if dtype is not torch.bfloat16:
         return Tiles(32, 64, width, 4, 2)
-    return Tiles(64, 256 if width == 16 else 128, width, 8, 2 if gpu.backend == "hip" else 3)
+    if gpu.backend == "hip":
+        return Tiles(32, 128, width, 8, 2)
+    # What DoRA makes of dY, element by element, takes registers.
+    return Tiles(32 if dora else 64, 256 if width == 16 else 128, width, 8, 3)
 
 
 def read_grad_y(
@@ -77,11 +81,9 @@ def read_grad_y(
         less: 1 with dropout, else 0.
     """
     (N, r), rows, gpu = lora_B.shape, end - begin, gpu_of(grad_y.device)
-    tiles = _tiles(gpu, grad_y.dtype, r)
+    tiles = _tiles(gpu, grad_y.dtype, r, norm is not None)
     blocks, steps = -(-N // tiles.columns), -(-rows // tiles.rows)
-    splits = max(1, min(steps // 2, gpu.multiprocessors // blocks))
-    part = -(-steps // splits) * tiles.rows
-    splits = -(-rows // part) if part else 0
+    splits, part = parts_of_rows(gpu, steps, 2, gpu.multiprocessors // blocks)
     make: dict[str, Any] = {"dtype": torch.float32, "device": grad_y.device}
     dS_parts = None if dS is None else torch.empty((blocks, rows, r), **make)
     dB_parts = None if grad_B is None else torch.empty((splits, r, N), **make)
@@ -90,7 +92,7 @@ def read_grad_y(
     launch(
         lora_linear_grad_y_bwd_kernel, (blocks, splits),
         grad_y, lora_B, S, y, bias, magnitude, norm, scaled, dS_parts, dB_parts, sums,
-        begin, end, N, r, lora_B.stride(0), lora_B.stride(1), S.stride(0), part, less,
+        begin, end, N, r, lora_B.stride(0), lora_B.stride(1), S.stride(0), part * tiles.rows, less,
         ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank,
         B_PARTS=parts_of(grad_y.dtype, depths[0], exact), S_PARTS=parts_of(grad_y.dtype, depths[1]),
         PRECISION=precision_of(grad_y.device), STAGES=tiles.stages, num_warps=tiles.warps,

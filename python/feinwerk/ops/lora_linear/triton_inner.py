@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from feinwerk.ops.lora_linear.triton_base import Base
-from feinwerk.ops.lora_linear.triton_products import precision_of, split_dot
+from feinwerk.ops.lora_linear.triton_products import parts_of_rows, precision_of, split_dot
 from feinwerk.triton_lib import codebook_on, gpu_of, launch, load_absmax, nf4_values
 
 
@@ -93,9 +93,7 @@ def _launch(
         rows, columns, depth = 64, 64, max(16, min(512, triton.next_power_of_2(K)))
     blocks = -(-(last - first) // columns)
     steps = -(-(end - begin) // rows)
-    splits = max(1, min(steps, 2 * gpu.multiprocessors // blocks))
-    part = -(-steps // splits) * rows
-    splits = -(-(end - begin) // part) if part else 0
+    splits, part = parts_of_rows(gpu, steps, 1, 2 * gpu.multiprocessors // blocks)
     parts = torch.empty((splits, last - first), dtype=torch.float32, device=x.device)
     dense = absmax is None
     launch(
@@ -103,8 +101,8 @@ def _launch(
         x, weight, absmax, nested_absmax, nested_codebook, nested_offset, codebook_on(x.device),
         grad_y, S, lora_B, scaling, lost, parts, begin, end, first, last, N, K, r,
         weight.stride(0) if dense else 0, weight.stride(1) if dense else 0, S.stride(0),
-        lora_B.stride(0), lora_B.stride(1), part, keep_scale,
-        ROWS=rows, COLUMNS=columns, DEPTH=depth, RANK=max(16, min(64, triton.next_power_of_2(r))),
+        lora_B.stride(0), lora_B.stride(1), part * rows, keep_scale,
+        ROWS=rows, COLUMNS=columns, DEPTH=depth, RANK=max(16, min(32, triton.next_power_of_2(r))),
         BLOCKSIZE=blocksize, DENSE=dense, NESTED=nested_absmax is not None,
         SPLIT=x.dtype is torch.bfloat16, PRECISION=precision_of(x.device), num_warps=warps,
     )  # fmt: skip

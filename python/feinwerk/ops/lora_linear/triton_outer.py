@@ -18,6 +18,7 @@ from feinwerk.ops.lora_linear.triton_products import (
     kept,
     parted_dot,
     parts_of,
+    parts_of_rows,
     precision_of,
 )  # fmt: skip
 from feinwerk.ops.lora_linear.triton_shrink import add_parts
@@ -39,11 +40,10 @@ def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int) -> Tiles:
 
 
 def _parts(gpu: Gpu, tiles: Tiles, programs: int, rows: int) -> tuple[int, int]:
-    """Into how many parts the rows are split, and the rows of each: at least four steps."""
-    steps = -(-rows // tiles.rows)
-    splits = max(1, min(steps // 4, 2 * gpu.multiprocessors // max(1, programs)))
-    part = -(-steps // splits)
-    return -(-steps // part) if part else 0, part * tiles.rows
+    """Into how many parts the rows are split, and the rows of each."""
+    wanted = 2 * gpu.multiprocessors // max(1, programs)
+    splits, part = parts_of_rows(gpu, -(-rows // tiles.rows), 4, wanted)
+    return splits, part * tiles.rows
 
 
 def outer(

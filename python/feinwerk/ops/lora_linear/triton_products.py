@@ -53,6 +53,18 @@ def tiles_of(gpu: Gpu, dtype: torch.dtype, rank: int, length: int) -> Tiles:
     return Tiles(32, columns, width, 4, 2 if gpu.backend == "hip" else 4)
 
 
+def parts_of_rows(gpu: Gpu, steps: int, least: int, programs: int) -> tuple[int, int]:
+    """Into how many parts `steps` tiles of rows are split, and the tiles of each.
+
+    So that there are `programs` programs more or less, each with at least so many steps.
+    """
+    splits = max(1, min(steps // least, programs))
+    if gpu.backend == "interpreter":  # where a loop of thousands would take minutes
+        splits = max(splits, -(-steps // 16))
+    part = -(-steps // splits)
+    return -(-steps // part) if part else 0, part
+
+
 @triton.jit
 def parted_dot(a, b, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     """Return acc + a b for an fp32 b: exact products of a and the PARTS of b, or fp32 ones."""
