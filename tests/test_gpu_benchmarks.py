@@ -1,4 +1,4 @@
-"""The GPU benchmarks without a GPU: checks that can fail, bars, results, the page, a dry run."""
+"""The GPU benchmarks without a GPU: checks that can fail, timing, processes, a dry run."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.gpu import __main__ as entry
-from benchmarks.gpu import cases, correctness, parts, plot, report, timing, verdicts
-from benchmarks.gpu.cases import Bar, Case
+from benchmarks.gpu import cases, correctness, parts, timing, verdicts
+from benchmarks.gpu import device as device_module
+from benchmarks.gpu.cases import Case
 from benchmarks.gpu.correctness import Check
 from benchmarks.gpu.device import Device
-from benchmarks.report import BEGIN, END
 from feinwerk import _library, testing
 
 CPU = Device("cpu", dry=True)
@@ -123,139 +123,6 @@ def test_what_cannot_be_captured_is_timed_eagerly(monkeypatch: pytest.MonkeyPatc
     assert ready.how == "eager"
     assert "waits for the device" in ready.note
     assert timing.facts(ready)["host_us"] >= 0
-
-
-def made_up(**changes: Any) -> dict[str, Any]:
-    """A results file in which every case took 100 us and every peer was 2 times slower."""
-    times = {"us": 100.0, "p10": 99.0, "p90": 103.0, "least": 98.0, "how": "graph", "calls": 9}
-    ratio = {"median": 2.0, "p10": 1.9, "p90": 2.1, "low": 1.95, "high": 2.05, "rounds": 11}
-    data: dict[str, Any] = {
-        "schema": report.SCHEMA,
-        "machine": {
-            "name": "made-up-gpu", "gpu": "Made-up GPU", "arch": "sm_90", "multiprocessors": 132,
-            "memory_bytes": 80 << 30, "l2_bytes": 50 << 20, "nvidia_smi": {"driver_version": "1"},
-        },
-        "versions": {"torch": "2.11"},
-        "limits": {"copy_gbps": 3000.0, "matmul_tflops": 800.0, "after": {"clocks.sm": "1 MHz"}},
-        "parts": {name: {"seconds": 1.0, "notes": [], "date": "2026-01-01", "commit": "abc"}
-                  for name in parts.names()},
-        "checks": {check.key: {"op": check.op, "seconds": 0.1, "part": f"check:{group}"}
-                   for group in correctness.GROUPS
-                   for check in correctness.checks_of(group, True)},
-        "cases": {},
-    }  # fmt: skip
-    for case in cases.CASES:
-        names = {*case.peers, *(bar.against for bar in case.bars)}
-        names -= {cases.COPY, cases.WORKSPACE, cases.BNB}
-        data["cases"][case.key] = {
-            "ours": times, "missing": {cases.BNB: "ImportError: no such module"},
-            "peers": {name: {**times, "us": 200.0, "ratio": ratio} for name in names},
-            "bytes": 240_000_000, "operations": 0, "workspace_bytes": 16 << 20,
-            "part": f"speed:{case.part}", "seconds": 1.0,
-        }  # fmt: skip
-    return {**data, **changes}
-
-
-def verdict_of(data: dict[str, Any], key: str, against: str) -> verdicts.Verdict:
-    return next(v for v in verdicts.verdicts(data) if (v.case.key, v.bar.against) == (key, against))
-
-
-def test_verdicts() -> None:
-    data = made_up()
-    decode = "nf4_linear forward 8192x8192 M=1"
-    assert verdict_of(data, decode, cases.DENSE).met is False
-    assert verdict_of(data, decode, cases.COPY).value == pytest.approx(0.8)
-    assert verdict_of(data, decode, cases.COPY).met
-    assert "no such module" in verdict_of(data, decode, cases.BNB).word
-    assert verdict_of(data, "nf4_linear forward 4096x4096 M=2048", cases.WORKSPACE).value == 16
-    lora = verdict_of(data, "lora_linear LoRA step over NF4 4096x4096 M=4096", cases.BASE)
-    assert lora.value == pytest.approx(0.5)  # ours takes half of the base's time
-    assert lora.met
-    assert all(bar.words for case in cases.CASES for bar in case.bars)
-    assert Bar("x", 1.0, at_most=True).words == "<= 1x"
-
-
-def test_speed_of_a_wrong_op_is_not_claimed() -> None:
-    data = made_up()
-    key = next(key for key in data["checks"] if key.startswith("nf4_linear: "))
-    data["checks"][key]["error"] = "AssertionError: 3 of 9 elements differ"
-    found = verdict_of(data, "nf4_linear forward 8192x8192 M=1", cases.COPY)
-    assert found.met is None
-    assert "a check failed" in found.word
-    assert "a check failed" in report.markdown([data])
-    assert "3 of 9 elements differ" in report.short(data)
-    assert not any(name.startswith("nf4_linear forward") for name, *_ in plot.shares(data))
-    assert "not checked" in verdicts.doubt(made_up(checks={}), cases.CASES[-1])
-
-
-def test_the_short_table_is_short_and_names_everything() -> None:
-    text = report.short(made_up())
-    assert len(text) <= report.SHORT_CHARACTERS
-    for case in cases.CASES:
-        assert case.key in text
-    assert "2x [1.95, 2.05]" in text
-    assert "no such module" in text
-
-
-def test_the_short_table_keeps_every_case_where_everything_was_measured_and_failed() -> None:
-    data = made_up()
-    peer = data["cases"][cases.CASES[0].key]["peers"][cases.DENSE]
-    for case in cases.CASES:
-        data["cases"][case.key]["peers"] |= {
-            bar.against: peer for bar in case.bars if bar.against == cases.BNB
-        }
-    for record in data["checks"].values():
-        record["error"] = "AssertionError: 3 of 9 elements differ, first at 3" * 20
-    text = report.short(data)
-    assert "square_sum fp32" in text
-    assert len(text) <= report.SHORT_CHARACTERS
-
-
-def test_a_failed_case_shows_its_reason() -> None:
-    data = made_up()
-    case = cases.CASES[0]
-    data["cases"][case.key] = {"error": "RuntimeError: illegal address", "part": "speed:decode"}
-    assert "illegal address" in report.short(data)
-    assert "illegal address" in report.markdown([data])
-    assert verdict_of(data, case.key, cases.DENSE).met is None
-
-
-def test_the_page_regenerates_from_stored_files(tmp_path: Path) -> None:
-    results, page = tmp_path / "results", tmp_path / "page.md"
-    run = tmp_path / "run.json"
-    run.write_text(json.dumps(made_up()), encoding="utf-8")
-    at = ["--results", str(results), "--page", str(page), "--images", str(tmp_path)]
-    report.main(["--add", str(run), *at])
-    first = page.read_text(encoding="utf-8")
-    assert "Made-up GPU" in first
-    assert (tmp_path / "gpu_made_up_gpu.png").read_bytes().startswith(b"\x89PNG")
-    report.main(at)
-    assert page.read_text(encoding="utf-8") == first
-    page.write_text("no markers", encoding="utf-8")
-    with pytest.raises(ValueError, match="markers"):
-        report.main(at)
-
-
-def test_the_page_in_the_repository_is_what_the_stored_results_say() -> None:
-    text = report.PAGE.read_text(encoding="utf-8")
-    between = text.split(BEGIN, 1)[1].split(END, 1)[0]
-    assert between.strip() == report.markdown(report.stored(report.RESULTS)).strip()
-
-
-def test_a_second_run_replaces_its_parts_only() -> None:
-    before, after = made_up(), made_up()
-    after["parts"] = {"speed:decode": {**after["parts"]["speed:decode"], "commit": "def"}}
-    after["checks"], after["limits"] = {}, {}
-    after["cases"] = {k: r for k, r in after["cases"].items() if r["part"] == "speed:decode"}
-    after["cases"].popitem()
-    both = report.add(after, before)
-    assert len(both["cases"]) == len(before["cases"]) - 1
-    assert both["checks"] == before["checks"]
-    assert both["limits"] == before["limits"]
-    assert both["parts"]["speed:decode"]["commit"] == "def"
-    other = made_up(machine={**before["machine"], "name": "another"})
-    with pytest.raises(ValueError, match="machine must be"):
-        report.add(other, before)
 
 
 def test_parts_are_chosen_by_name() -> None:
@@ -367,3 +234,66 @@ def test_sizes_are_tiny_in_dry_runs_only() -> None:
     N, K, M = case.sizes(True)
     assert N != K
     assert max(N, K, M) < 100
+
+
+class _Context:
+    """Stands for streams and graphs; counts how often its work is replayed."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.replays = 0
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+def test_the_lines_that_only_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Context)
+    monkeypatch.setattr(torch.cuda, "Stream", _Context)
+    for name in ("stream", "graph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, _Context)
+    slept: list[int] = []
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: device_module.HostEvent())
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000 + 64 + 40)
+    facts = types.SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132,
+        total_memory=80 << 30, L2_cache_size=50 << 20,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    gpu = Device("cuda", dry=True)
+    ready = timing.prepare(gpu, timing.Contender("ours", [lambda: None]))
+    assert ready.how == "graph"
+    assert ready.run.__self__.replays == 3  # type: ignore[attr-defined]
+    record = timing.paired(gpu, timing.Contender("a", [int]), timing.Contender("b", [int]))
+    assert record["ours"]["how"] == "graph"
+    assert slept
+    assert min(slept) > 0
+    assert gpu.extra_bytes(lambda: (torch.zeros(16), [None])) == 40
+    gpu.release()
+    found = device_module.describe(gpu)
+    assert found["name"] == "nvidia-h100-80gb-hbm3"
+    assert found["l2_bytes"] == 50 << 20
+    gpu.dry = False
+    assert timing.copies(gpu, 30 << 20) == 5
+    assert timing.copies(gpu, 120 << 20) == 2
+
+
+def test_nvidia_smi_is_read_and_may_be_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert device_module.smi() == {}
+    program = tmp_path / "nvidia-smi"
+    values = ", ".join(str(i) for i in range(len(device_module.FACTS)))
+    program.write_text(f"#!/bin/sh\necho '{values}'\n", encoding="utf-8")
+    program.chmod(0o755)
+    assert device_module.smi()["driver_version"] == "1"
