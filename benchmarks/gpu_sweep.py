@@ -29,20 +29,21 @@ ROTATED_BYTES = 160 << 20
 ALL = 1 << 30
 
 DECODE = [
-    DecodeChoice(block_n=n, warps=warps, stages=stages)
-    for n, warps, stages in (
-        (64, 2, 3), (64, 2, 4), (64, 2, 6), (128, 4, 3), (128, 4, 4), (64, 4, 4), (32, 1, 4),
-        (128, 2, 4),
+    DecodeChoice(tile=tile, runs=runs, columns=columns, warps=warps, stages=stages)
+    for tile, runs, columns, warps, stages in (
+        # Four warps and more take wgmma, which wants x in shared memory, two and fewer mma.
+        (64, 8, 8, 2, 4), (64, 8, 8, 2, 3), (64, 8, 8, 2, 6), (64, 4, 8, 2, 4), (64, 4, 8, 2, 3),
+        (128, 8, 8, 2, 4), (128, 8, 8, 2, 3), (128, 4, 8, 2, 4), (64, 8, 8, 1, 4),
+        (64, 1, 8, 2, 4), (128, 8, 8, 4, 4), (64, 2, 32, 2, 3), (64, 4, 16, 2, 4),
+        (128, 4, 16, 2, 3),
     )
 ]  # fmt: skip
-DECODE_PROGRAMS = (4, 8, 12)
+DECODE_PROGRAMS = (4, 8, 16)
 TILE = [
-    TileChoice(block_m=m, block_n=n, block_k=64, warps=warps, stages=stages, lookup=lookup)
-    for m, n, warps, stages, lookup in (
-        (32, 128, 4, 3, "gather"), (32, 128, 8, 3, "gather"), (32, 64, 4, 3, "gather"),
-        (32, 128, 4, 3, "planes"), (64, 128, 4, 3, "gather"), (64, 128, 8, 3, "gather"),
-        (64, 64, 4, 3, "gather"), (64, 128, 4, 3, "planes"), (128, 128, 8, 3, "gather"),
-        (128, 64, 4, 3, "gather"), (128, 128, 8, 3, "planes"),
+    TileChoice(block_m=m, block_n=n, block_k=64, warps=warps, stages=3, lookup=lookup)
+    for m, n, warps, lookup in (
+        (32, 128, 4, "gather"), (32, 64, 4, "gather"), (64, 128, 8, "gather"),
+        (64, 64, 4, "planes"), (128, 128, 8, "gather"),
     )
 ]  # fmt: skip
 TILE_PROGRAMS = (2, 4)
@@ -92,9 +93,9 @@ def ways(base: LinearTuning, what: str, M: int) -> Iterator[tuple[str, LinearTun
 
 
 def cases(base: LinearTuning) -> Iterator[Case]:
-    wanted = [("forward", M, s) for M in (1, 4, 16) for s in SHAPES[:2]]
-    wanted += [("forward", M, s) for M in (32, 64, 128, 256) for s in (SHAPES[2], SHAPES[0])]
-    wanted += [("gradient", M, s) for M in (16, 64, 128) for s in (SHAPES[2], SHAPES[0])]
+    wanted = [("forward", M, s) for M in (1, 2, 4, 8, 16) for s in SHAPES[:2]]
+    wanted += [("forward", M, s) for M in (32, 128) for s in (SHAPES[2], SHAPES[0])]
+    wanted += [("gradient", M, s) for M in (16, 128) for s in (SHAPES[2], SHAPES[0])]
     wanted += [(w, M, SHAPES[0]) for M in (2048, 8192) for w in ("forward", "gradient")]
     for what, M, (N, K) in wanted:
         yield Case(what, M, N, K, tuple(ways(base, what, M)))

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class DecodeChoice:
-    """The decode kernel's tile: block_n rows of W, 64 elements of K at a time."""
+    """The decode kernel's tile: so many runs of 64 elements of W at a time."""
 
-    block_n: int = 64
+    tile: int = 64
+    runs: int = 4  # neighbours of a row, at most
+    columns: int = 8  # of a product, at least: runs of all rows of x
     warps: int = 2
     stages: int = 4
     programs: int = 8  # per multiprocessor, which K is split for
+    least_steps: int = 4  # a part of K has at least so many
     splits: int = 0  # if not 0, overrides what programs gives
 
 
@@ -46,9 +49,11 @@ class LinearTuning:
 
     decode_rows: int = 16
     decode_outputs: int = 128  # fewer outputs take the tile kernel: docs/ops/nf4_linear.md says why
-    tile_rows: int = 64
-    tile_rows_transposed: int = 32
-    tile_rows_fp32: int = 8
+    # By the first sweep on an H100 slabs were faster than the tile kernels from 16 rows up, for the
+    # gradient always; the tile kernels serve what is small or does not suit the decode kernel.
+    tile_rows: int = 16
+    tile_rows_transposed: int = 0
+    tile_rows_fp32: int = 4
     # A dense slab, which L2 holds together with what it is multiplied with. Below slab_rows rows
     # the products are short: fewer and larger slabs.
     slab_rows: int = 1024
@@ -78,15 +83,16 @@ _LINEAR: dict[tuple[str, str], LinearTuning] = {
         tile_rows_fp32=1 << 30,
         slab_bytes=1 << 14,
         slab_bytes_few=1 << 14,
-        decode=DecodeChoice(block_n=128, programs=2),
+        decode=DecodeChoice(tile=128, programs=2, least_steps=1),
         tile=_INTERPRETED,
         transposed=_INTERPRETED,
         tile_fp32=_INTERPRETED,
         general=_INTERPRETED,
     ),
 }
-# AMD: no PTX, and 64 KiB of shared memory.
+# AMD: no PTX, and 64 KiB of shared memory. Triton 3.6 cannot pipeline the decode kernel there.
 _HIP_LINEAR = LinearTuning(
+    decode=DecodeChoice(stages=1),
     tile=TileChoice(stages=2, lookup="table"),
     transposed=TileChoice(block_n=64, stages=2, lookup="table"),
     tile_fp32=TileChoice(block_m=16, block_n=32, stages=2, programs=4, lookup="table"),

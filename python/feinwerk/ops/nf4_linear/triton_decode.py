@@ -1,10 +1,16 @@
 """nf4_linear for few rows of x (decoding): the weight is read once, absmax applied after the dot.
 
 ```
-   a program: BLOCK_N rows of W, a part of K; a step: a run of 64 elements, 32 bytes a row
-   dots  =  even[BLOCK_N, 32] @ x[:, 0::2]^T  +  odd[BLOCK_N, 32] @ x[:, 1::2]^T
-   acc  +=  absmax[:, None] * dots
+   a tile of W: its lines are runs of 64 elements, 32 bytes,     n0 run 0 | n0 run 1 | n1 run 0 | ..
+   RUNS neighbours of a row, then the next row's
+   columns of x: the same runs of every row of x                 m0 run 0 | m0 run 1 | m1 run 0 | ..
+   dots  =  even[TILE, 32] @ x[:, 0::2]^T  +  odd[TILE, 32] @ x[:, 1::2]^T
+   acc  +=  absmax[:, None] * dots            at the end: y[n, m] = sum over run of [n run, m run]
 ```
+A product of tensor cores has 8 columns, of which one row of x would fill one. Several runs share
+them: what a run's line meets in another run's column is not used, costs nothing, and a warp reads
+RUNS * 32 neighbouring bytes of a row, and RUNS neighbouring absmax, instead of one.
+
 The high and the low nibbles are operands of their own, so that nothing is interleaved, and W is the
 left operand, so that its codes become values in registers. x arrives in pairs of elements, as
 32-bit words. Parts of K are summed in order by a second kernel, which adds the bias and rounds.
@@ -44,19 +50,20 @@ def decode(
     N = y.shape[1]
     gpu = gpu_of(x.device)
     lookup = "prmt" if gpu.backend == "cuda" else "select"
-    runs = K // RUN
-    tiles = -(-N // choice.block_n)
-    splits = choice.splits or max(1, min(runs, choice.programs * gpu.multiprocessors // tiles))
-    part = -(-runs // splits)
-    splits = -(-runs // part)
+    columns, runs = _columns(M, K, choice, gpu)
+    rows = choice.tile // runs
+    tiles = -(-N // rows)
+    steps = K // (RUN * runs)
+    splits = choice.splits or choice.programs * gpu.multiprocessors // tiles
+    splits = max(1, min(splits, steps // choice.least_steps))
     whole = splits == 1
     out = y if whole else torch.empty((splits, M, N), dtype=torch.float32, device=x.device)
     packed, absmax, nested_absmax, nested_codebook, nested_offset = tables
     launch(
-        nf4_linear_decode_fwd_kernel, (tiles, splits),
+        nf4_linear_decode_fwd_kernel, (splits, tiles),
         pairs(x), packed, absmax, nested_absmax, nested_codebook, nested_offset, bias, out,
-        M, N, K // 2, out.stride(-2), part,
-        BLOCKSIZE=blocksize, BLOCK_M=_columns(M, gpu), BLOCK_N=choice.block_n, WHOLE=whole,
+        M, N, K // 2, out.stride(-2),
+        BLOCKSIZE=blocksize, TILE=choice.tile, COLUMNS=columns, RUNS=runs, WHOLE=whole,
         FP16=x.dtype is torch.float16, NESTED=nested_absmax is not None, LOOKUP=lookup,
         ASSEMBLY=triton_prmt.assembly(x.dtype) if lookup == "prmt" else "",
         DIVISOR=triton_prmt.SCALES[x.dtype] if lookup == "prmt" else 1.0,
@@ -66,9 +73,14 @@ def decode(
         finish(out, bias, y)
 
 
-def _columns(M: int, gpu: Gpu) -> int:
-    """How many rows of x a product takes: NVIDIA's has one of 8."""
-    return 8 if M <= 8 and gpu.backend != "hip" else 16
+def _columns(M: int, K: int, choice: DecodeChoice, gpu: Gpu) -> tuple[int, int]:
+    """Return the columns of a product, NVIDIA's least are 8, and the runs that share them."""
+    rows = 1 << (M - 1).bit_length()
+    columns = max(rows, choice.columns, 16 if gpu.backend == "hip" else 8)
+    runs = min(columns // rows, choice.runs)
+    while K // RUN % runs:
+        runs //= 2
+    return columns, runs
 
 
 def pairs(x: torch.Tensor) -> torch.Tensor:
@@ -101,45 +113,51 @@ def _permuted(codes, ASSEMBLY: tl.constexpr, FP16: tl.constexpr):
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "part"])
+@triton.jit(do_not_specialize=["M"])
 def nf4_linear_decode_fwd_kernel(
     x_ptr, packed_ptr, absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr,
-    bias_ptr, out_ptr, M, N, row_bytes, out_stride, part,
-    BLOCKSIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
-    FP16: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr, ASSEMBLY: tl.constexpr,
-    DIVISOR: tl.constexpr, STAGES: tl.constexpr,
+    bias_ptr, out_ptr, M, N, row_bytes, out_stride,
+    BLOCKSIZE: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, RUNS: tl.constexpr,
+    WHOLE: tl.constexpr, FP16: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
+    ASSEMBLY: tl.constexpr, DIVISOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Multiply BLOCK_N rows of W, `part` runs of K, with all rows of x.
+    """Multiply TILE / RUNS rows of W, a part of K, with all rows of x.
 
     row_bytes, K / 2, is an argument of its own: the compiler sees that it is a multiple of 16.
     """
     dtype: tl.constexpr = tl.float16 if FP16 else tl.bfloat16
-    split = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
+    ROWS: tl.constexpr = TILE // RUNS
+    XS: tl.constexpr = COLUMNS // RUNS
+    STEP: tl.constexpr = RUNS * _HALF
+    split = tl.program_id(0)
+    n0 = tl.program_id(1) * ROWS
+    line = tl.arange(0, TILE)
+    column = tl.arange(0, COLUMNS)
     half = tl.arange(0, _HALF)
-    row = tl.minimum(n, N - 1).to(tl.int64)  # rows past the end repeat the last one
+    row = tl.minimum(n0 + line // RUNS, N - 1).to(tl.int64)  # past the end: the last one again
     everywhere = row >= 0
-    source = packed_ptr + row[:, None] * row_bytes + half[None, :]
-    pair = x_ptr + m[None, :] * row_bytes + half[:, None]
-    x_mask = (m < M)[None, :]
-    element = row * row_bytes * 2
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    first = split * part * _HALF
-    last = tl.minimum(first + part * _HALF, row_bytes)
+    within = row * row_bytes + line % RUNS * _HALF  # of packed, and half the number of elements
+    source = packed_ptr + within[:, None] + half[None, :]
+    x_within = column // RUNS * row_bytes + column % RUNS * _HALF
+    pair = x_ptr + x_within[None, :] + half[:, None]
+    x_mask = (column // RUNS < M)[None, :]
+    acc = tl.zeros([TILE, COLUMNS], tl.float32)
+    # Parts of K take turns, so that programs that run together read neighbouring bytes.
+    first = split * STEP
+    stride = tl.num_programs(0) * STEP
     if NESTED:
         offset = tl.load(nested_offset_ptr)
-        code = tl.load(absmax_ptr + (element + 2 * first) // BLOCKSIZE)
-    for at in tl.range(first, last, _HALF, num_stages=STAGES):
+        code = tl.load(absmax_ptr + (within + first) * 2 // BLOCKSIZE)
+    for at in tl.range(first, row_bytes, stride, num_stages=STAGES):
         codes = tl.load(source + at)
         words = tl.load(pair + at, mask=x_mask, other=0)
-        block = (element + 2 * at) // BLOCKSIZE
+        block = (within + at) * 2 // BLOCKSIZE
         if NESTED:
-            # load_absmax, whose code was fetched a run ago: what follows it never waits for DRAM.
+            # load_absmax, whose code was fetched a step ago: what follows never waits for DRAM.
             scale = tl.load(nested_codebook_ptr + code.to(tl.int32))
             scale = scale * tl.load(nested_absmax_ptr + block // _NESTED) + offset
-            following = tl.minimum(at + _HALF, row_bytes - _HALF)
-            code = tl.load(absmax_ptr + (element + 2 * following) // BLOCKSIZE)
+            following = tl.where(at + stride < row_bytes, at + stride, at)
+            code = tl.load(absmax_ptr + (within + following) * 2 // BLOCKSIZE)
         else:
             scale = load_absmax(
                 absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr, block,
@@ -155,12 +173,18 @@ def nf4_linear_decode_fwd_kernel(
         x_odd = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
         dots = tl.dot(even, x_even)
         dots = tl.dot(odd, x_odd, dots)
-        acc = tl.fma(dots, tl.broadcast_to(scale[:, None], [BLOCK_N, BLOCK_M]), acc)
+        acc = tl.fma(dots, tl.broadcast_to(scale[:, None], [TILE, COLUMNS]), acc)
+    if RUNS > 1:
+        acc = tl.where((line % RUNS)[:, None] == (column % RUNS)[None, :], acc, 0.0)
+        acc = tl.sum(tl.reshape(acc, [ROWS, RUNS, XS, RUNS]), axis=3)
+        acc = tl.sum(acc, axis=1)
     acc = acc * (1.0 / DIVISOR)
-    live = (n < N)[:, None] & x_mask
-    to = (split * M + m).to(tl.int64)[None, :] * out_stride + n[:, None]
+    n = n0 + tl.arange(0, ROWS)
+    m = tl.arange(0, XS)
     if WHOLE and bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    to = (split * M + m).to(tl.int64)[None, :] * out_stride + n[:, None]
+    live = (n < N)[:, None] & (m < M)[None, :]
     tl.store(out_ptr + to, acc.to(out_ptr.dtype.element_ty), mask=live)
 
 

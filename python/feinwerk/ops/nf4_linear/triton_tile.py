@@ -15,10 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
+from feinwerk.codebook import NESTED_BLOCKSIZE
 from feinwerk.ops.nf4_dequantize.triton_planes import planes
 from feinwerk.ops.nf4_linear.triton_decode import finish
 from feinwerk.triton_lib import codebook_on, gpu_of, launch, load_absmax, nf4_values
 from feinwerk.triton_tuning import TileChoice
+
+_NESTED = tl.constexpr(NESTED_BLOCKSIZE)
 
 Tables = tuple[torch.Tensor | None, ...]
 
@@ -177,11 +180,14 @@ def _scales(
 @triton.jit
 def _weights(
     packed_ptr, absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr,
-    codebook_ptr, row, k, half, K, dtype: tl.constexpr, BLOCKSIZE: tl.constexpr,
+    codebook_ptr, row, k, half, K, code, dtype: tl.constexpr, BLOCKSIZE: tl.constexpr,
     BYTES: tl.constexpr, EVEN: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
-    ROW_SCALE: tl.constexpr,
+    ROW_SCALE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """W~ of rows at the even and odd elements of a step that begins at k: two [rows, HALF]."""
+    """W~ of rows at the even and odd elements of a step that begins at k: two [rows, HALF].
+
+    code is the step's absmax code, one a row, if AHEAD.
+    """
     column = k + 2 * half
     element = row[:, None] * K + column[None, :]
     if BYTES:
@@ -190,10 +196,17 @@ def _weights(
         # A mask along K would keep the loads from being vectors.
         byte = tl.load(source) if EVEN else tl.load(source, mask=mask, other=0)
         even, odd = _values(byte, codebook_ptr, LOOKUP)
-        scale = _scales(
-            absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr, row, k, element,
-            mask, K, BLOCKSIZE, NESTED, ROW_SCALE,
-        )  # fmt: skip
+        if AHEAD:
+            # load_absmax, whose code was fetched a step ago: what follows never waits for DRAM.
+            scale = tl.load(nested_codebook_ptr + code.to(tl.int32))
+            within = (row * K + k) // BLOCKSIZE // _NESTED
+            scale = scale * tl.load(nested_absmax_ptr + within) + tl.load(nested_offset_ptr)
+            scale = scale[:, None]
+        else:
+            scale = _scales(
+                absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr, row, k,
+                element, mask, K, BLOCKSIZE, NESTED, ROW_SCALE,
+            )  # fmt: skip
         return (even * scale).to(dtype), (odd * scale).to(dtype)
     else:
         even = _element(
@@ -245,12 +258,19 @@ def nf4_linear_tile_fwd_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     first = split * part * BLOCK_K
     last = tl.minimum(first + part * BLOCK_K, K)
+    AHEAD: tl.constexpr = NESTED and ROW_SCALE and STRIDE_K == 1
+    code = row
+    if AHEAD:
+        code = tl.load(absmax_ptr + (row * K + first) // BLOCKSIZE)
     for k in tl.range(first, last, BLOCK_K, num_stages=STAGES):
         even, odd = _weights(
             packed_ptr, absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr,
-            codebook_ptr, row, k, half, K, dtype, BLOCKSIZE, STRIDE_K == 1, EVEN, NESTED,
-            LOOKUP, ROW_SCALE,
+            codebook_ptr, row, k, half, K, code, dtype, BLOCKSIZE, STRIDE_K == 1, EVEN, NESTED,
+            LOOKUP, ROW_SCALE, AHEAD,
         )  # fmt: skip
+        if AHEAD:
+            following = tl.minimum(k + BLOCK_K, K - BLOCK_K)
+            code = tl.load(absmax_ptr + (row * K + following) // BLOCKSIZE)
         at = (k // 2 + half)[:, None] * STRIDE_K
         if EVEN:
             x_even = tl.load(x_row + at, mask=live_m, other=0.0)
@@ -293,8 +313,8 @@ def nf4_linear_tile_bwd_kernel(
         row = tl.minimum(n, N - 1).to(tl.int64)
         even, odd = _weights(
             packed_ptr, absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr,
-            codebook_ptr, row, k, half, K, dtype, BLOCKSIZE, BYTES, EVEN, NESTED, LOOKUP,
-            ROW_SCALE,
+            codebook_ptr, row, k, half, K, row, dtype, BLOCKSIZE, BYTES, EVEN, NESTED, LOOKUP,
+            ROW_SCALE, False,
         )  # fmt: skip
         grad = tl.load(grad_row + n[None, :], mask=live_m & (n < N)[None, :], other=0.0)
         acc_even = tl.dot(grad, even, acc_even, input_precision="ieee")
