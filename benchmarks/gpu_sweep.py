@@ -89,7 +89,7 @@ def ways(base: LinearTuning, what: str, M: int) -> Iterator[tuple[str, LinearTun
     if M >= 16:
         for mib in SLAB_MIB if M >= 1024 else (32, 48, 64):
             size = mib << 20
-            yield f"slab {mib} MiB", change(base, slab_bytes=size, slab_bytes_few=size)
+            yield f"slab {mib} MiB", change(base, slab_bytes=size, slab_bytes_many=size)
 
 
 def cases(base: LinearTuning) -> Iterator[Case]:

@@ -54,11 +54,11 @@ class LinearTuning:
     tile_rows: int = 16
     tile_rows_transposed: int = 0
     tile_rows_fp32: int = 4
-    # A dense slab, which L2 holds together with what it is multiplied with. Below slab_rows rows
-    # the products are short: fewer and larger slabs.
-    slab_rows: int = 1024
-    slab_bytes: int = 24 << 20
-    slab_bytes_few: int = 32 << 20
+    # A dense slab, which L2 holds together with what it is multiplied with; of many rows more must
+    # stay there.
+    slab_bytes: int = 32 << 20
+    many_rows: int = 4096
+    slab_bytes_many: int = 16 << 20
     decode: DecodeChoice = field(default_factory=DecodeChoice)
     tile: TileChoice = field(default_factory=TileChoice)
     transposed: TileChoice = field(default_factory=lambda: TileChoice(block_n=64))
@@ -82,7 +82,7 @@ _LINEAR: dict[tuple[str, str], LinearTuning] = {
         tile_rows_transposed=1 << 30,
         tile_rows_fp32=1 << 30,
         slab_bytes=1 << 14,
-        slab_bytes_few=1 << 14,
+        slab_bytes_many=1 << 14,
         decode=DecodeChoice(tile=128, programs=2, least_steps=1),
         tile=_INTERPRETED,
         transposed=_INTERPRETED,

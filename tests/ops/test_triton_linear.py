@@ -22,7 +22,7 @@ SLABS = LinearTuning(
     tile_rows_transposed=0,
     tile_rows_fp32=0,
     slab_bytes=1 << 17,
-    slab_bytes_few=1 << 17,
+    slab_bytes_many=1 << 17,
 )
 
 

@@ -147,16 +147,15 @@ def slabs(
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Yield (begin, end, slab of W~): [end - begin, K] by "rows", [N, end - begin] by "columns".
 
-    All slabs are written into one buffer: use a slab before taking the next. They are of nearly
-    equal size, so that the last one is no remainder. `rows` of x, if known, set their size.
+    All slabs are written into one buffer: use a slab before taking the next. `rows` of x, if
+    known, set their size.
     """
     packed, absmax, nested_absmax, nested_codebook, nested_offset = tables
     tuning = tuning or _tuning_of(packed)
     count, other = (N, K) if by == "rows" else (K, N)
-    few = rows is not None and rows < tuning.slab_rows
-    bound = tuning.slab_bytes_few if few else tuning.slab_bytes
-    parts = -(-count * other * dtype.itemsize // bound)
-    step = min(count, -(-count // (parts * _STEP)) * _STEP)
+    many = rows is not None and rows >= tuning.many_rows
+    bound = tuning.slab_bytes_many if many else tuning.slab_bytes
+    step = _step(count, bound // (other * dtype.itemsize))
     buffer = torch.empty(step * other, dtype=dtype, device=packed.device)
     for begin in range(0, count, step):
         end = min(begin + step, count)
@@ -168,6 +167,21 @@ def slabs(
             K=K, row=row, column=column, blocksize=blocksize,
         )  # fmt: skip
         yield begin, end, slab
+
+
+def _step(count: int, most: int) -> int:
+    """Return how many of count rows or columns a slab has: whole tiles, at most about `most`.
+
+    Slabs of equal size where there are some: a short product costs nearly what a long one does.
+    """
+    if count <= max(most, _STEP):
+        return count
+    most = max(most // _STEP, 1) * _STEP
+    for step in range(most, most // 2, -_STEP):
+        if count % step == 0:
+            return step
+    parts = -(-count // most)
+    return -(-count // (parts * _STEP)) * _STEP
 
 
 def _choice(choice: TileChoice, tuning: LinearTuning, K: int, blocksize: int) -> TileChoice:
