@@ -2,6 +2,7 @@
 
 python -m benchmarks.optimizer            under 15 minutes on 2 idle cores; writes results and page
 python -m benchmarks.optimizer --quick    8 M parameters only
+python -m benchmarks.optimizer --params 100    100 M only, into the results beside those of 8 M
 
 Ours and a peer take turns, A B A B; the figure is the median of the pairwise ratios. Bytes on the
 wire are those that the kernel counts for each process's connections, moments those of the tensors
@@ -121,6 +122,7 @@ def steps(threads: int, sizes: list[str]) -> list[dict[str, Any]]:
     for size in sizes:
         for name, peer, make in peers():
             record: dict[str, Any] = {"size": size, "threads": threads, "ours": name, "peer": peer}
+            record["commit"] = machine.commit()
             records.append(record)
             try:
                 mine = parameters(SIZES[size])
@@ -148,13 +150,14 @@ def steps(threads: int, sizes: list[str]) -> list[dict[str, Any]]:
 
 def page(data: dict[str, Any]) -> str:
     """The tables, from what has been measured and nothing else."""
+    commits = sorted({data["commit"], *(r.get("commit", data["commit"]) for r in data["steps"])})
     lines = [
         "# Optimizer benchmarks", "",
         "Made by `python -m benchmarks.optimizer` from "
         f"`benchmarks/results/{data['file']}`; do not edit.", "",
         f"{data['machine']['cpu']}, {data['machine']['cores']} cores; "
         + ", ".join(f"{k} {v}" for k, v in data["versions"].items())
-        + f"; commit {data['commit']}, {data['date']}.", "",
+        + f"; commit {', '.join(commits)}, {data['date']}.", "",
         "## One step", "",
         "Median time a parameter, and how many times faster ours is: median of the pairwise "
         "ratios with its 95 % interval.", "",
@@ -231,10 +234,16 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, store, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="8 M parameters only")
+    parser.add_argument(
+        "--params", type=int, choices=[int(size.split()[0]) for size in SIZES],
+        help="one step of so many million parameters; the other stored results are kept",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, help="print the records of one number of threads")
     parser.add_argument("--page", action="store_true", help="only write the page anew")
     options = parser.parse_args(argv)
     sizes = ["8 M"] if options.quick else list(SIZES)
+    if options.params:
+        sizes = [f"{options.params} M"]
     if options.steps:
         print(json.dumps(steps(options.steps, sizes)))
         return
@@ -250,13 +259,21 @@ def main(argv: list[str] | None = None) -> None:
             for n in names
             if any(d.metadata["Name"] == n for d in importlib.metadata.distributions())
         }
-        data["ranks"], data["held"] = spawned(train, 2), spawned(held, 4)
+        if options.params and file.exists():
+            stored = json.loads(file.read_text())
+            data["steps"] = [r for r in stored["steps"] if r["size"] not in sizes]
+            for r in data["steps"]:
+                r.setdefault("commit", stored["commit"])
+            data["ranks"], data["held"] = stored["ranks"], stored["held"]
+        else:
+            data["ranks"], data["held"] = spawned(train, 2), spawned(held, 4)
         extensions = machine.BUILD / "extensions"
         for lock in extensions.glob("*/lock"):
             lock.unlink()
         for threads in (1, 2):
             command = [sys.executable, "-m", "benchmarks.optimizer", "--steps", str(threads)]
             command += ["--quick"] if options.quick else []
+            command += ["--params", str(options.params)] if options.params else []
             environment = {
                 **os.environ,
                 "OMP_NUM_THREADS": str(threads),
