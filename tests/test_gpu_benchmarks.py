@@ -128,6 +128,8 @@ def test_what_cannot_be_captured_is_timed_eagerly(monkeypatch: pytest.MonkeyPatc
 def test_parts_are_chosen_by_name() -> None:
     assert entry.chosen("") == parts.names()
     assert entry.chosen("limits,decode") == ["limits", "speed:decode"]
+    assert entry.chosen("lora-1,optimizer")[0] == "check:lora-1"
+    assert set(entry.chosen("lora")) == {"check:lora-1", "check:lora-2", "speed:lora"}
     assert set(entry.chosen("check")) == {f"check:{g}" for g in correctness.GROUPS}
     with pytest.raises(SystemExit, match="must name parts"):
         entry.chosen("nothing")

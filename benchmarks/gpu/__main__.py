@@ -116,8 +116,9 @@ def chosen(only: str) -> list[str]:
     if not only:
         return everything
     wanted = only.split(",")
-    found = [n for n in everything if n in wanted or set(n.split(":")) & set(wanted)]
-    unknown = [w for w in wanted if not any(w == n or w in n.split(":") for n in everything)]
+    words = {n: {n, *n.replace("-", ":").split(":"), n.partition(":")[2]} for n in everything}
+    found = [n for n in everything if words[n] & set(wanted)]
+    unknown = [w for w in wanted if not any(w in known for known in words.values())]
     if unknown:
         raise SystemExit(f"--only: must name parts, got {', '.join(unknown)}; {everything}")
     return found
@@ -184,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handed = ["--device", options.device, *(["--dry"] if options.dry else [])]
     done: list[Child] = []
     options.out.mkdir(parents=True, exist_ok=True)
-    jobs = options.jobs or max(1, min(10, (os.cpu_count() or 1) * 2 // 3))
+    jobs = options.jobs or max(1, min(len(parts.names()), os.cpu_count() or 1))
     with tempfile.TemporaryDirectory() as folder:
         wanted = chosen(options.only)
         checks = [name for name in wanted if name.startswith(parts.CHECKS)]

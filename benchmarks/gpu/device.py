@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -176,7 +177,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The short commit of the checkout, "+dirty" where files of ours differ from it, or ""."""
+    """The short commit of the checkout, "+dirty" where files of ours differ from it, or "".
+
+    FEINWERK_COMMIT says it where the sources are a copy without their history.
+    """
+    if os.environ.get("FEINWERK_COMMIT"):
+        return os.environ["FEINWERK_COMMIT"]
     git = ["git", "-c", "safe.directory=*", "-C", str(ROOT)]
     try:
         found = subprocess.run(

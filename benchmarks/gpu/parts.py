@@ -24,7 +24,7 @@ LOST = 3  # exit status: the device's context is gone, what is left needs a new 
 LIMITS = "limits"
 CHECKS, SPEED = "check", "speed"
 # Seconds that a part may take.
-TIMEOUTS = {LIMITS: 60.0, CHECKS: 170.0, SPEED: 75.0}
+TIMEOUTS = {LIMITS: 60.0, CHECKS: 200.0, SPEED: 75.0}
 
 Record = dict[str, Any]
 Item = tuple[str, Callable[[], Record]]
