@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -29,9 +30,15 @@ hypothesis.settings.register_profile("interpreter", max_examples=4, **_COMMON)
 torch.set_num_threads(1)
 
 
-# Triton's interpreter takes the compiler's place in its process, so that each has its own tests.
-_INTERPRETED = "ops/test_triton_*.py"
-collect_ignore_glob = ["triton_aot/*"] if _library.interpreting() else [_INTERPRETED]
+# Triton's interpreter takes the compiler's place in its process, which runs the tests of ops and of
+# the optimizers over them; the files that only it can run are its own.
+_OF_KERNELS = {"ops", "optim"}
+if _library.interpreting():
+    _folders = (path for path in Path(__file__).parent.iterdir() if path.is_dir())
+    collect_ignore_glob = [f"{path.name}/*" for path in _folders if path.name not in _OF_KERNELS]
+    collect_ignore_glob.append("test_*.py")
+else:
+    collect_ignore_glob = ["ops/test_triton_*.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
