@@ -38,7 +38,7 @@ DECODE = [
         (128, 4, 16, 2, 3),
     )
 ]  # fmt: skip
-DECODE_PROGRAMS = (4, 8, 16)
+DECODE_PROGRAMS = (4, 8, 12, 16)
 TILE = [
     TileChoice(block_m=m, block_n=n, block_k=64, warps=warps, stages=3, lookup=lookup)
     for m, n, warps, lookup in (
@@ -76,7 +76,7 @@ def ways(base: LinearTuning, what: str, M: int) -> Iterator[tuple[str, LinearTun
         for choice in DECODE:
             for programs in DECODE_PROGRAMS:
                 tried = change(choice, programs=programs)
-                yield f"decode {tried}", change(base, decode=tried, decode_rows=16)
+                yield f"decode {tried}", change(base, decode=tried, decode_many=tried)
     base = change(base, decode_rows=0, tile_rows=0, tile_rows_transposed=0)
     choices = TILE if what == "forward" else TRANSPOSED
     for choice in choices if 16 <= M <= 128 else ():

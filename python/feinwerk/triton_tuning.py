@@ -14,11 +14,11 @@ class DecodeChoice:
     """The decode kernel's tile: so many runs of 64 elements of W at a time."""
 
     tile: int = 64
-    runs: int = 4  # neighbours of a row, at most
+    runs: int = 8  # neighbours of a row, at most
     columns: int = 8  # of a product, at least: runs of all rows of x
     warps: int = 2
     stages: int = 4
-    programs: int = 8  # per multiprocessor, which K is split for
+    programs: int = 12  # per multiprocessor, which K is split for: what registers allow
     least_steps: int = 4  # a part of K has at least so many
     splits: int = 0  # if not 0, overrides what programs gives
 
@@ -60,6 +60,7 @@ class LinearTuning:
     many_rows: int = 4096
     slab_bytes_many: int = 16 << 20
     decode: DecodeChoice = field(default_factory=DecodeChoice)
+    decode_many: DecodeChoice = field(default_factory=lambda: DecodeChoice(programs=8))  # M > 8
     tile: TileChoice = field(default_factory=TileChoice)
     transposed: TileChoice = field(default_factory=lambda: TileChoice(block_n=64))
     tile_fp32: TileChoice = field(
@@ -84,6 +85,7 @@ _LINEAR: dict[tuple[str, str], LinearTuning] = {
         slab_bytes=1 << 14,
         slab_bytes_many=1 << 14,
         decode=DecodeChoice(tile=128, programs=2, least_steps=1),
+        decode_many=DecodeChoice(tile=128, programs=2, least_steps=1),
         tile=_INTERPRETED,
         transposed=_INTERPRETED,
         tile_fp32=_INTERPRETED,
@@ -93,6 +95,7 @@ _LINEAR: dict[tuple[str, str], LinearTuning] = {
 # AMD: no PTX, and 64 KiB of shared memory. Triton 3.6 cannot pipeline the decode kernel there.
 _HIP_LINEAR = LinearTuning(
     decode=DecodeChoice(stages=1),
+    decode_many=DecodeChoice(stages=1),
     tile=TileChoice(stages=2, lookup="table"),
     transposed=TileChoice(block_n=64, stages=2, lookup="table"),
     tile_fp32=TileChoice(block_m=16, block_n=32, stages=2, programs=4, lookup="table"),

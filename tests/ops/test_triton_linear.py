@@ -78,7 +78,7 @@ def test_out_may_be_a_slice() -> None:
 @pytest.mark.parametrize("splits", [1, 3])
 def test_decode_for_any_cut_of_K(splits: int, runs: int) -> None:
     choice = DecodeChoice(tile=64, runs=runs, splits=splits, least_steps=1)
-    tuning = LinearTuning(decode=choice, decode_outputs=1)
+    tuning = LinearTuning(decode=choice, decode_many=choice, decode_outputs=1)
     for K in (320, 768):
         weight = make_weight(150, K, double_quant=True)
         bias = make_x((150,), torch.float32, seed=2)

@@ -86,7 +86,8 @@ def multiply(
     rows, wide = x2d.shape[0], x2d.dtype is torch.float32
     in_runs = K % RUN == 0 and blocksize % RUN == 0
     if rows <= tuning.decode_rows and not wide and in_runs and tuning.decode_outputs <= N:
-        decode(x2d, tables, bias, y, blocksize=blocksize, choice=tuning.decode)
+        choice = tuning.decode if rows <= 8 else tuning.decode_many
+        decode(x2d, tables, bias, y, blocksize=blocksize, choice=choice)
         return y
     if rows <= (tuning.tile_rows_fp32 if wide else tuning.tile_rows):
         choice = _choice(tuning.tile_fp32 if wide else tuning.tile, tuning, K, blocksize)
