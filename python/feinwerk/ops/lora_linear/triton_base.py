@@ -85,8 +85,9 @@ class Base:
         rows, wide = len(x), self.dtype is torch.float32
         fused = self.tuning.tile_rows_fp32 if wide else self.tuning.tile_rows
         if not self.dense and rows <= fused:
-            sizes = {"N": self.N, "K": self.K, "blocksize": self.blocksize}
-            multiply(x, self.tables, bias, **sizes, out=y)
+            multiply(
+                x, self.tables, bias, N=self.N, K=self.K, blocksize=self.blocksize, out=y
+            )  # fmt: skip
             if whole:
                 for begin, end, slab in self.slabs():
                     yield begin, end, slab, False
@@ -123,5 +124,4 @@ class Base:
 
     def transposed_whole(self, grad: torch.Tensor) -> torch.Tensor:
         """Return grad W~ [M, K] of few rows, for a weight in NF4."""
-        sizes = {"N": self.N, "K": self.K, "blocksize": self.blocksize}
-        return multiply_transposed(grad, self.tables, **sizes)
+        return multiply_transposed(grad, self.tables, N=self.N, K=self.K, blocksize=self.blocksize)

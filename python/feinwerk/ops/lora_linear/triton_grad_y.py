@@ -31,7 +31,7 @@ from feinwerk.triton_lib import Gpu, gpu_of, launch
 MOST_RANK = 32
 
 
-def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int, dora: bool) -> Tiles:
+def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int, dora: bool, parts: int) -> Tiles:
     width = max(16, triton.next_power_of_2(rank))
     if gpu.backend == "interpreter":
         return Tiles(256, 256, width, 4, 1)
@@ -39,8 +39,9 @@ def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int, dora: bool) -> Tiles:
         return Tiles(32, 64, width, 4, 2)
     if gpu.backend == "hip":
         return Tiles(32, 128, width, 8, 2)
-    # What DoRA makes of dY, element by element, takes registers.
-    return Tiles(32 if dora else 64, 256 if width == 16 else 128, width, 8, 3)
+    # What DoRA makes of dY, element by element, takes registers; so do parts of B.
+    columns = 256 if width == 16 and not (dora and parts > 2) else 128
+    return Tiles(32 if dora else 64, columns, width, 8, 3)
 
 
 def read_grad_y(
@@ -81,20 +82,20 @@ def read_grad_y(
         less: 1 with dropout, else 0.
     """
     (N, r), rows, gpu = lora_B.shape, end - begin, gpu_of(grad_y.device)
-    tiles = _tiles(gpu, grad_y.dtype, r, norm is not None)
+    B_parts = parts_of(grad_y.dtype, depths[0], norm is None and lora_B.dtype is grad_y.dtype)
+    tiles = _tiles(gpu, grad_y.dtype, r, norm is not None, B_parts)
     blocks, steps = -(-N // tiles.columns), -(-rows // tiles.rows)
     splits, part = parts_of_rows(gpu, steps, 2, gpu.multiprocessors // blocks)
     make: dict[str, Any] = {"dtype": torch.float32, "device": grad_y.device}
     dS_parts = None if dS is None else torch.empty((blocks, rows, r), **make)
     dB_parts = None if grad_B is None else torch.empty((splits, r, N), **make)
     sums = None if y is None else torch.empty((splits, 2, N), **make)
-    exact = norm is None and lora_B.dtype is grad_y.dtype
     launch(
         lora_linear_grad_y_bwd_kernel, (blocks, splits),
         grad_y, lora_B, S, y, bias, magnitude, norm, scaled, dS_parts, dB_parts, sums,
         begin, end, N, r, lora_B.stride(0), lora_B.stride(1), S.stride(0), part * tiles.rows, less,
         ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank,
-        B_PARTS=parts_of(grad_y.dtype, depths[0], exact), S_PARTS=parts_of(grad_y.dtype, depths[1]),
+        B_PARTS=B_parts, S_PARTS=parts_of(grad_y.dtype, depths[1]),
         PRECISION=precision_of(grad_y.device), STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     if dS is not None and dS_parts is not None and rows:

@@ -18,6 +18,10 @@ from feinwerk.ops.lora_linear.triton_base import Base
 from feinwerk.ops.lora_linear.triton_products import parts_of_rows, precision_of, split_dot
 from feinwerk.triton_lib import codebook_on, gpu_of, launch, load_absmax, nf4_values
 
+# Rows, columns, elements of K; and of the kernel that reads NF4 for a few columns.
+_TILES = {torch.bfloat16: (128, 64, 64), torch.float16: (64, 64, 64), torch.float32: (64, 32, 32)}
+_FEW = (32, 32, 32)
+
 
 def magnitude_from_inner(
     grad: torch.Tensor,
@@ -85,10 +89,7 @@ def _launch(
     weight, absmax, nested_absmax, nested_codebook, nested_offset = tables
     assert weight is not None
     (N, K), r, gpu = (grad_y.shape[1], x.shape[1]), lora_B.shape[1], gpu_of(x.device)
-    low = x.dtype is not torch.float32
-    rows, columns, depth, warps = (128, 64, 64, 4) if low else (64, 32, 32, 4)
-    if lost is not None:
-        rows, columns, depth, warps = (64, 32, 32, 4) if low else (32, 32, 32, 4)
+    rows, columns, depth = _TILES[x.dtype] if lost is None else _FEW
     if gpu.backend == "interpreter":
         rows, columns, depth = 64, 64, max(16, min(512, triton.next_power_of_2(K)))
     blocks = -(-(last - first) // columns)
@@ -102,9 +103,9 @@ def _launch(
         grad_y, S, lora_B, scaling, lost, parts, begin, end, first, last, N, K, r,
         weight.stride(0) if dense else 0, weight.stride(1) if dense else 0, S.stride(0),
         lora_B.stride(0), lora_B.stride(1), part * rows, keep_scale,
-        ROWS=rows, COLUMNS=columns, DEPTH=depth, RANK=max(16, min(32, triton.next_power_of_2(r))),
+        ROWS=rows, COLUMNS=columns, DEPTH=depth, RANK=16,
         BLOCKSIZE=blocksize, DENSE=dense, NESTED=nested_absmax is not None,
-        SPLIT=x.dtype is torch.bfloat16, PRECISION=precision_of(x.device), num_warps=warps,
+        SPLIT=x.dtype is torch.bfloat16, PRECISION=precision_of(x.device), num_warps=4,
     )  # fmt: skip
     block = 1024 if gpu.backend == "interpreter" else 128
     launch(
