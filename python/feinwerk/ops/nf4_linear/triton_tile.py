@@ -48,7 +48,7 @@ def multiply_tile(
     steps = -(-K // choice.block_k)
     tiles = (-(-N // choice.block_n), -(-M // block_m))
     splits, part = _parts(steps, tiles, choice, x.device)
-    out = y if splits == 1 else x.new_empty((splits, M, N), dtype=torch.float32)
+    out = y if splits == 1 else torch.empty((splits, M, N), dtype=torch.float32, device=x.device)
     packed, absmax, nested_absmax, nested_codebook, nested_offset = tables
     launch(
         nf4_linear_tile_fwd_kernel, (*tiles, splits),
@@ -78,7 +78,11 @@ def multiply_transposed_tile(
     steps = -(-N // choice.block_n)
     tiles = (-(-K // choice.block_k), -(-M // block_m))
     splits, part = _parts(steps, tiles, choice, grad.device)
-    out = grad_x if splits == 1 else grad.new_empty((splits, M, K), dtype=torch.float32)
+    out = (
+        grad_x
+        if splits == 1
+        else torch.empty((splits, M, K), dtype=torch.float32, device=grad.device)
+    )
     packed, absmax, nested_absmax, nested_codebook, nested_offset = tables
     launch(
         nf4_linear_tile_bwd_kernel, (*tiles, splits),
