@@ -112,7 +112,8 @@ def test_cpp_imports(path: Path) -> None:
 
 def test_triton_imports() -> None:
     for path in op_files("triton*.py"):
-        shared = {f"feinwerk.{name}" for name in ("triton_lib", "triton_tuning", "codebook", "philox")}
+        names = ("triton_lib", "triton_tuning", "codebook", "philox")
+        shared = {f"feinwerk.{name}" for name in names}
         kernels = {m for m in ours(path) if re.fullmatch(r"feinwerk\.ops\.\w+\.triton\w*", m)}
         assert ours(path) <= shared | kernels, name_of(path)
         assert third_party(path) <= {"numpy", "torch", "triton"}, name_of(path)
