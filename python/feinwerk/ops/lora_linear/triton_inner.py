@@ -20,7 +20,7 @@ from feinwerk.triton_lib import codebook_on, gpu_of, launch, load_absmax, nf4_va
 
 # Rows, columns, elements of K; and of the kernel that reads NF4 for a few columns.
 _TILES = {torch.bfloat16: (128, 64, 64), torch.float16: (64, 64, 64), torch.float32: (64, 32, 32)}
-_FEW = (32, 32, 32)
+_FEW = (64, 32, 32)
 
 
 def magnitude_from_inner(
@@ -105,7 +105,8 @@ def _launch(
         lora_B.stride(0), lora_B.stride(1), part * rows, keep_scale,
         ROWS=rows, COLUMNS=columns, DEPTH=depth, RANK=16,
         BLOCKSIZE=blocksize, DENSE=dense, NESTED=nested_absmax is not None,
-        SPLIT=x.dtype is torch.bfloat16, PRECISION=precision_of(x.device), num_warps=4,
+        SPLIT=x.dtype is torch.bfloat16, PRECISION=precision_of(x.device),
+        STAGES=1 if lost is not None else 2 if gpu.backend == "hip" else 3, num_warps=4,
     )  # fmt: skip
     block = 1024 if gpu.backend == "interpreter" else 128
     launch(
@@ -122,7 +123,7 @@ def lora_linear_inner_bwd_kernel(
     keep_scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RANK: tl.constexpr,
     BLOCKSIZE: tl.constexpr, DENSE: tl.constexpr, NESTED: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One part of the rows of COLUMNS columns: sum of dY inner."""
     local = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -153,7 +154,7 @@ def lora_linear_inner_bwd_kernel(
             acc = split_dot(S, B, acc, SPLIT, PRECISION)
         # Divided by what the whole sum is multiplied with, so that there is one accumulator.
         acc = acc * (tl.load(scaling_ptr) / keep_scale)
-        for k in range(0, K, DEPTH):
+        for k in tl.range(0, K, DEPTH, num_stages=STAGES):
             column = k + tl.arange(0, DEPTH).to(tl.int64)
             known = column < K
             x = tl.load(
