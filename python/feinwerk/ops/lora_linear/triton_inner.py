@@ -20,7 +20,7 @@ from feinwerk.triton_lib import codebook_on, gpu_of, launch, load_absmax, nf4_va
 
 # Rows, columns, elements of K; and of the kernel that reads NF4 for a few columns.
 _TILES = {torch.bfloat16: (128, 64, 64), torch.float16: (64, 64, 64), torch.float32: (64, 32, 32)}
-_FEW = (64, 32, 32)
+_FEW = (64, 16, 32)
 
 
 def magnitude_from_inner(
