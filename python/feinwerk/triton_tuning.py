@@ -77,6 +77,8 @@ _INTERPRETED = TileChoice(block_m=128, block_n=128, block_k=128, least_steps=2, 
 _LINEAR: dict[tuple[str, str], LinearTuning] = {
     # A100: mma takes both operands from registers, so that 128 rows of W would not fit.
     ("cuda", "80"): LinearTuning(tile=TileChoice(block_n=64)),
+    # Compiled only: without a spill, and not measured.
+    ("cuda", "100"): LinearTuning(tile=TileChoice(block_n=64)),
     # A program costs a millisecond there, and torch's own products depend on the threads.
     ("interpreter", "none"): LinearTuning(
         tile_rows=1 << 30,

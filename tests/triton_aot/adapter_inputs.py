@@ -42,6 +42,7 @@ ADAPTED: tuple[tuple[Any, ...], ...] = (
     ("LoRA rank 3", 33, 31, 97, (3,), (64, True), FP32, FP32, 0.1, False, False),
     ("LoRA rank 256", 512, 4096, 4096, (256,), (64, True), BF16, FP32, 0.1, False, False),
     ("LoRA fp16", 2048, 4096, 4096, (16,), (64, False), FP16, FP16, 0.1, False, False),
+    ("LoRA fp16 rank 32", 2048, 4096, 4096, (32,), (64, False), FP16, FP16, 0.1, False, False),
     ("LoRA fp32", 2048, 4096, 4096, (16,), (64, True), FP32, FP32, 0.0, False, False),
     ("LoRA dense", 4096, 4096, 4096, (16,), None, BF16, BF16, 0.0, False, False),
     ("LoRA dense dropout", 4096, 4096, 4096, (16,), None, BF16, FP32, 0.1, False, False),

@@ -115,7 +115,7 @@ def lora_linear(
                 )  # fmt: skip
         if M and not prepared:
             adapt(flat[:, first:last], first, slab)
-    return y, S, norms if fresh else S.new_empty((0, N))
+    return y, S, norms if fresh else torch.empty((0, N), dtype=S.dtype, device=S.device)
 
 
 def _second_product(
@@ -198,16 +198,20 @@ def lora_linear_backward(
     ]  # fmt: skip
     for i, out in enumerate(grad_A):
         outer(out, dS, rows, depth=N + M, seed=drawn, dropout_p=p, **spans[i])
-    grad_bias = column_sums(dy) if wants[4] else dy.new_empty((0,), dtype=torch.float32)
+    grad_bias = column_sums(dy) if wants[4] else _nothing(dy, torch.float32)
     grad_magnitude: Tensors = []
     if wants[3] and magnitude:
         grad_magnitude = _magnitudes(
             base, dy, rows, S, sums, bias, B, scaling, gains, magnitude, drawn, p, spans
         )
     if not wants[0]:
-        return x.new_empty((0,)), grad_A, grad_B, grad_magnitude, grad_bias
+        return _nothing(x, x.dtype), grad_A, grad_B, grad_magnitude, grad_bias
     grad_x = _grad_x(base, dy, scaled, dS, A, dora, drawn, p, spans, segments is None)
     return grad_x.view(x.shape), grad_A, grad_B, grad_magnitude, grad_bias
+
+
+def _nothing(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty((0,), dtype=dtype, device=like.device)
 
 
 def _over_grad_y(

@@ -28,13 +28,11 @@ from feinwerk.philox import threshold
 from feinwerk.triton_lib import Gpu, gpu_of, launch
 
 
-def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int, columns: int, plain: bool) -> Tiles:
+def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int) -> Tiles:
     if gpu.backend == "interpreter":
         return Tiles(128, 256, max(16, triton.next_power_of_2(min(rank, 256))), 4, 1)
     width = max(16, triton.next_power_of_2(min(rank, 32)))
-    low = dtype is torch.bfloat16
-    wide = low and columns > 64 and plain
-    return Tiles(64 if low else 32, 128 if wide else 64, width, 4, 1)
+    return Tiles(64 if dtype is torch.bfloat16 else 32, 64, width, 4, 1)
 
 
 def expand(
@@ -73,7 +71,7 @@ def expand(
         fresh: out holds nothing: it is filled with what is to be added to, the bias included.
     """
     (r, n), gpu = right.shape, gpu_of(out.device)
-    tiles = _tiles(gpu, out.dtype, r, n, plain=seed is None and norm is None)
+    tiles = _tiles(gpu, out.dtype, r)
     launch(
         lora_linear_expand_fwd_kernel, (-(-(end - begin) // tiles.rows), -(-n // tiles.columns)),
         out, left, right, scaling, magnitude, norm, bias, z, seed,

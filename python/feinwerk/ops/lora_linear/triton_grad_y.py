@@ -40,7 +40,8 @@ def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int, dora: bool, parts: int) -> T
     if gpu.backend == "hip":
         return Tiles(32, 128, width, 8, 2)
     # What DoRA makes of dY, element by element, takes registers; so do parts of B.
-    columns = 256 if width == 16 and not (dora and parts > 2) else 128
+    wide = width == 16 and not (dora and parts > 2) and gpu.arch != "80"
+    columns = 256 if wide else 128
     return Tiles(32 if dora else 64, columns, width, 8, 3)
 
 

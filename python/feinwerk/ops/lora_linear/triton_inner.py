@@ -90,6 +90,8 @@ def _launch(
     assert weight is not None
     (N, K), r, gpu = (grad_y.shape[1], x.shape[1]), lora_B.shape[1], gpu_of(x.device)
     rows, columns, depth = _TILES[x.dtype] if lost is None else _FEW
+    if gpu.arch == "80":
+        rows //= 2  # mma of sm_80 holds both operands in registers
     if gpu.backend == "interpreter":
         rows, columns, depth = 64, 64, max(16, min(512, triton.next_power_of_2(K)))
     blocks = -(-(last - first) // columns)

@@ -34,8 +34,9 @@ _MOST_BIAS = {torch.float32: 1024.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int) -> Tiles:
     if gpu.backend == "interpreter":
         return Tiles(256, 256, max(16, triton.next_power_of_2(min(rank, 256))), 4, 1)
-    width = max(16, triton.next_power_of_2(min(rank, 64)))
     low = dtype is torch.bfloat16
+    # mma of sm_80 holds both operands in registers.
+    width = max(16, triton.next_power_of_2(min(rank, 32 if gpu.arch == "80" else 64)))
     return Tiles(64 if low else 32, 128 if low and width <= 32 else 64, width, 4, 3)
 
 

@@ -48,9 +48,9 @@ def tiles_of(gpu: Gpu, dtype: torch.dtype, rank: int, length: int) -> Tiles:
         long = max(64, min(1024, triton.next_power_of_2(length)))
         return Tiles(64, long, max(16, triton.next_power_of_2(min(rank, 256))), 4, 1)
     low = dtype is torch.bfloat16
-    width = max(16, triton.next_power_of_2(min(rank, 64 if low else 32)))
-    columns = (128 if low else 64) if width == 16 else (64 if low else 32)
-    return Tiles(32, columns, width, 4, 2 if gpu.backend == "hip" else 4)
+    width = max(16, triton.next_power_of_2(min(rank, 64 if low else 16)))
+    # A mask of dropout comes 64 columns at a time.
+    return Tiles(32, 128 if low and width == 16 else 64, width, 4, 2 if gpu.backend == "hip" else 4)
 
 
 def parts_of_rows(gpu: Gpu, steps: int, least: int, programs: int) -> tuple[int, int]:

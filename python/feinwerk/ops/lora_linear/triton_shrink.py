@@ -59,6 +59,8 @@ def shrink(
         return
     gpu = gpu_of(x.device)
     tiles = tiles_of(gpu, x.dtype, r, length)
+    if seed is not None and gpu.backend != "interpreter":
+        tiles = tiles._replace(columns=64)  # drawing a mask takes registers
     blocks, ranks = -(-rows // tiles.rows), -(-r // tiles.rank)
     steps = -(-length // tiles.columns)
     # Enough programs for the GPU, each with at least four steps.
