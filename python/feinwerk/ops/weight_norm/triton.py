@@ -66,7 +66,7 @@ def norm_of_rows(
     (n, K), r, gpu = slab.shape, lora_A.shape[0], gpu_of(slab.device)
     tiles = tiles_of(gpu, slab.dtype, r, K)
     if gpu.backend != "interpreter":  # room for B and the product of B with A A^T
-        tiles = tiles._replace(rank=16, columns=32, stages=4)
+        tiles = tiles._replace(rank=16, columns=min(tiles.columns, 64), stages=4)
     launch(
         weight_norm_fwd_kernel, (-(-n // tiles.rows),),
         slab, lora_A, lora_B, square, scaling, base_norm, norm,
