@@ -108,6 +108,14 @@ def tiles_on(counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.stack([tensor, tile], dim=1).to(torch.int32).to(device)
 
 
+def all_registers(device: torch.device) -> dict[str, int]:
+    """Options of a launch whose kernel may take every register of a thread, on NVIDIA.
+
+    ptxas otherwise aims at more threads on a multiprocessor, and spills a few bytes for them.
+    """
+    return {"maxnreg": 255} if gpu_of(device).backend == "cuda" else {}
+
+
 @functools.cache
 def codebook_on(device: torch.device) -> torch.Tensor:
     """Return the 16 NF4 values on a device, fp32, made once."""

@@ -25,7 +25,7 @@ from feinwerk.ops.lora_linear.triton_products import (
     split_dot,
 )  # fmt: skip
 from feinwerk.philox import threshold
-from feinwerk.triton_lib import Gpu, gpu_of, launch
+from feinwerk.triton_lib import Gpu, all_registers, gpu_of, launch
 
 
 def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int) -> Tiles:
@@ -79,7 +79,7 @@ def expand(
         0 if z is None else z.stride(0), first, 1 / (1 - dropout_p), threshold(dropout_p),
         ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank, DROPOUT=seed is not None,
         FRESH=fresh, SPLIT=out.dtype is torch.bfloat16, PRECISION=precision_of(out.device),
-        num_warps=tiles.warps,
+        num_warps=tiles.warps, **all_registers(out.device),
     )  # fmt: skip
 
 

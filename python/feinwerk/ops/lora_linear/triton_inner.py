@@ -16,7 +16,7 @@ import triton.language as tl
 
 from feinwerk.ops.lora_linear.triton_base import Base
 from feinwerk.ops.lora_linear.triton_products import parts_of_rows, precision_of, split_dot
-from feinwerk.triton_lib import codebook_on, gpu_of, launch, load_absmax, nf4_values
+from feinwerk.triton_lib import all_registers, codebook_on, gpu_of, launch, load_absmax, nf4_values
 
 # Rows, columns, elements of K; and of the kernel that reads NF4 for a few columns.
 _TILES = {torch.bfloat16: (128, 64, 64), torch.float16: (64, 64, 64), torch.float32: (64, 32, 32)}
@@ -91,7 +91,7 @@ def _launch(
     (N, K), r, gpu = (grad_y.shape[1], x.shape[1]), lora_B.shape[1], gpu_of(x.device)
     rows, columns, depth = _TILES[x.dtype] if lost is None else _FEW
     if gpu.arch == "80":
-        rows //= 2  # mma of sm_80 holds both operands in registers
+        rows, columns = rows // 2, max(16, columns // 2)  # both operands are in registers there
     if gpu.backend == "interpreter":
         rows, columns, depth = 64, 64, max(16, min(512, triton.next_power_of_2(K)))
     blocks = -(-(last - first) // columns)
@@ -109,6 +109,7 @@ def _launch(
         BLOCKSIZE=blocksize, DENSE=dense, NESTED=nested_absmax is not None,
         SPLIT=x.dtype is torch.bfloat16, PRECISION=precision_of(x.device),
         STAGES=1 if lost is not None else 2 if gpu.backend == "hip" else 3, num_warps=4,
+        **all_registers(x.device),
     )  # fmt: skip
     block = 1024 if gpu.backend == "interpreter" else 128
     launch(

@@ -23,7 +23,7 @@ from feinwerk.ops.lora_linear.triton_products import (
 )  # fmt: skip
 from feinwerk.ops.lora_linear.triton_shrink import add_parts
 from feinwerk.philox import threshold
-from feinwerk.triton_lib import Gpu, gpu_of, launch
+from feinwerk.triton_lib import Gpu, all_registers, gpu_of, launch
 
 # A gain below the first says too little of what it multiplied; so does y beside a bias of more
 # than the second times the root mean square of y - bias.
@@ -37,7 +37,8 @@ def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int) -> Tiles:
     low = dtype is torch.bfloat16
     # mma of sm_80 holds both operands in registers.
     width = max(16, triton.next_power_of_2(min(rank, 32 if gpu.arch == "80" else 64)))
-    return Tiles(64 if low else 32, 128 if low and width <= 32 else 64, width, 4, 3)
+    columns = 128 if low and width <= 32 and gpu.arch != "80" else 64
+    return Tiles(64 if low else 32, columns, width, 4, 3)
 
 
 def _parts(gpu: Gpu, tiles: Tiles, programs: int, rows: int) -> tuple[int, int]:
@@ -76,7 +77,7 @@ def outer(
         1 / (1 - dropout_p) if seed is not None else 1.0, threshold(dropout_p),
         ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank, DROPOUT=seed is not None,
         PARTS=parts_of(x.dtype, depth), PRECISION=precision_of(x.device), STAGES=tiles.stages,
-        num_warps=tiles.warps,
+        num_warps=tiles.warps, **all_registers(x.device),
     )  # fmt: skip
     add_parts(out, parts, scaling=scaling, magnitude=magnitude, norm=norm)
 

@@ -22,7 +22,7 @@ from feinwerk.ops.lora_linear.triton_products import (
     tiles_of,
 )  # fmt: skip
 from feinwerk.philox import threshold
-from feinwerk.triton_lib import gpu_of, launch
+from feinwerk.triton_lib import all_registers, gpu_of, launch
 
 
 def shrink(
@@ -80,6 +80,7 @@ def shrink(
         ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank,
         DROPOUT=seed is not None, PARTS=parts_of(x.dtype, depth or length, exact),
         PRECISION=precision_of(x.device), STAGES=tiles.stages, num_warps=tiles.warps,
+        **all_registers(x.device),
     )  # fmt: skip
     if not whole:
         add_parts(out[begin:end, :r], target, scaling=scaling)

@@ -14,7 +14,7 @@ from feinwerk.ops.lora_linear.triton_products import (
     tiles_of,
 )  # fmt: skip
 from feinwerk.ops.lora_linear.triton_shrink import shrink
-from feinwerk.triton_lib import gpu_of, launch
+from feinwerk.triton_lib import all_registers, gpu_of, launch
 
 
 def weight_norm(
@@ -74,6 +74,7 @@ def norm_of_rows(
         lora_B.stride(1), ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank,
         PARTS=parts_of(slab.dtype, K, lora_A.dtype is slab.dtype),
         PRECISION=precision_of(slab.device), STAGES=tiles.stages, num_warps=tiles.warps,
+        **all_registers(slab.device),
     )  # fmt: skip
 
 
