@@ -19,7 +19,16 @@ import torch
 import triton
 import triton.language as tl
 
-from feinwerk.triton_lib import INTERPRETED, Gpu, addresses, gpu_of, launch, tiles_on, upload
+from feinwerk.triton_lib import (
+    INTERPRETED,
+    Gpu,
+    addresses,
+    all_registers,
+    gpu_of,
+    launch,
+    tiles_on,
+    upload,
+)
 
 _LIMBS, _LENGTH = 20, 22
 _LIMB_BITS = tl.constexpr(30)
@@ -172,7 +181,7 @@ def square_sum(tensors: Sequence[torch.Tensor]) -> Any:
             square_sum_blocks_kernel, (sum(tiles),), upload(table, device),
             tiles_on(tuple(tiles), device), partial, DTYPE=_DTYPES[dtype],
             BLOCKS=choice.lanes // lanes, LANES=lanes, VEC=vector, SIZE=_BLOCK,
-            num_warps=choice.warps,
+            num_warps=choice.warps, **all_registers(device),
         )  # fmt: skip
     launch(
         square_sum_rows_kernel, (sum(row_tiles),), upload(of_rows, device),
