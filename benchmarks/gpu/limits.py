@@ -9,7 +9,8 @@ import torch
 from benchmarks.gpu.device import Device, smi
 from benchmarks.gpu.timing import Contender, prepare, times
 
-COPY_BYTES = 2 << 30
+# The largest is not the fastest everywhere: what any of them reaches, memory can do.
+COPY_BYTES = (128 << 20, 256 << 20, 2 << 30)
 SIZE = 8192
 SAMPLES = 15
 
@@ -24,12 +25,19 @@ def measure(device: Device) -> dict[str, Any]:
 
 
 def copy_rate(device: Device) -> dict[str, Any]:
-    """GB/s of a copy that no cache helps."""
-    count = 4096 if device.dry else COPY_BYTES
-    source = torch.empty(count, dtype=torch.uint8, device=device.torch).random_(0, 256)
-    target = torch.empty_like(source)
-    taken = samples(device, Contender("copy", [lambda: target.copy_(source)]))
-    return {"copy_gbps": 2 * count / taken["us"] * 1e-3, "copy_us": taken}
+    """GB/s of the fastest of some copies that no cache helps."""
+    found: dict[str, Any] = {"copy_gbps": 0.0}
+    for count in (4096,) if device.dry else COPY_BYTES:
+        pairs = []
+        for _ in range(max(1, min(4, COPY_BYTES[-1] // 2 // count))):  # more than the L2 cache
+            source = torch.empty(count, dtype=torch.uint8, device=device.torch).random_(0, 256)
+            pairs.append((torch.empty_like(source), source))
+        calls = [lambda t=target, s=source: t.copy_(s) for target, source in pairs]
+        taken = samples(device, Contender("copy", calls))
+        rate = 2 * count / taken["us"] * 1e-3
+        if rate > found["copy_gbps"]:
+            found = {"copy_gbps": rate, "copy_us": taken, "copy_bytes": count}
+    return found
 
 
 def matmul_rate(device: Device) -> dict[str, Any]:
