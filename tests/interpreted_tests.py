@@ -1,9 +1,9 @@
 """Which tests the interpreter's process takes, which it leaves to `make test-full`, and why.
 
 Triton's interpreter needs tens of milliseconds for a program. In `make test` it therefore takes a
-few variants of every test function, drawn once for all; the others, with the same kernels and other
-dtypes or bases, run in `make test-full`. `feinwerk.testing.interpreted.some` does the same for the
-loops inside of a test.
+few variants of every test function, drawn once for all, and in `make test-full` a few more: the
+rest has the same kernels with other dtypes or bases. `feinwerk.testing.interpreted.some` does the
+same for the loops inside of a test.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 
 import pytest
 
-VARIANTS = 2
+VARIANTS, FULL_VARIANTS = 2, 4  # the second beside the first
 
 # Parts of names of tests that say nothing about a kernel, and why.
 NOT_KERNELS = {
@@ -31,6 +31,7 @@ LONG = {
 def choose(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Item]]:
     """Return the interpreter's tests and the others; those for `make test-full` are marked."""
     kept, left = [], []
+    unused: set[pytest.Item] = set()
     by_function: dict[str, list[pytest.Item]] = {}
     for item in items:
         ours = "triton-interpret" in item.name or item.path.match("ops/test_triton_*.py")
@@ -43,8 +44,8 @@ def choose(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Ite
             by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for name, variants in by_function.items():
         count = 0 if any(part in name for part in LONG) else min(VARIANTS, len(variants))
-        early = random.Random(name).sample(variants, count)
-        for item in variants:
-            if item not in early:
-                item.add_marker(pytest.mark.full)
-    return kept, left
+        drawn = random.Random(name).sample(variants, min(count + FULL_VARIANTS, len(variants)))
+        for item in drawn[count:]:
+            item.add_marker(pytest.mark.full)
+        unused |= set(variants) - set(drawn)
+    return [i for i in kept if i not in unused], [*left, *unused]
