@@ -9,9 +9,9 @@ beforehand, on small tensors. The JSON is rewritten after each case.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from benchmarks.gpu.device import Device
+from benchmarks.gpu.timing import Contender, alone
 from feinwerk import testing
 from feinwerk.ops.nf4_linear import triton as linear
 from feinwerk.triton_tuning import DecodeChoice, LinearTuning, TileChoice, linear_tuning
@@ -144,27 +146,10 @@ class Problem:
         return linear.multiply_transposed(self.x, self.tables[copy], tuning=tuning, **self.sizes)
 
 
-def microseconds(call: Callable[[int], object], copies: int, replays: int = 7) -> float:
-    """The median time of a call, of graphs that hold one call per copy."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        call(0)
-    torch.cuda.current_stream().wait_stream(side)
-    calls = max(copies, 4)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i % copies)
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
+def microseconds(call: Callable[[int], object], copies: int) -> float:
+    """The median time of a call, which takes the copies in turn."""
+    calls = [functools.partial(call, i) for i in range(copies)]
+    return alone(Device(), Contender("product", calls))["us"]
 
 
 def sweep(case: Case) -> list[dict[str, object]]:

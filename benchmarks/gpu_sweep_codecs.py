@@ -8,7 +8,6 @@ Device time by CUDA graphs over buffers rotated beyond the L2 cache, as a share 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.device import Device
+from benchmarks.gpu.limits import copy_rate
+from benchmarks.gpu.timing import Contender, alone
 from feinwerk.codebook import dynamic_map
 from feinwerk.ops.blockwise_dequantize import triton as blockwise_decode
 from feinwerk.ops.blockwise_quantize import reference as blockwise_law
@@ -30,30 +32,12 @@ from feinwerk.ops.nf4_quantize import triton as encode
 DEVICE = torch.device("cuda")
 SHAPES = ((4096, 4096), (14336, 4096))
 ROTATED = 192 << 20  # bytes that the buffers of a measurement hold together
-ROUNDS = 7
 Run = Callable[[], Any]
 
 
 def milliseconds(runs: list[Run]) -> float:
-    """Median device time of one run, the runs taken in turn inside a CUDA graph."""
-    for run in runs:
-        run()
-    torch.cuda.synchronize()
-    repeats = max(2, 16 // len(runs))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            for run in runs:
-                run()
-    times = []
-    for _ in range(ROUNDS + 1):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / (repeats * len(runs)))
-    return statistics.median(times[1:])
+    """Median device time of one run, the runs taken in turn."""
+    return alone(Device(), Contender("run", runs))["us"] / 1e3
 
 
 def same(got: torch.Tensor, want: torch.Tensor) -> bool:
@@ -71,16 +55,6 @@ def random_weight(count: int, nested: bool) -> tuple[torch.Tensor | None, ...]:
     scales = torch.rand(-(-blocks // 256), device=DEVICE) * 0.01
     offset = torch.tensor(0.05, device=DEVICE)
     return packed, codes, scales, dynamic_map(device=DEVICE), offset
-
-
-def copy_rate() -> float:
-    """Measured GB/s of a device copy, read plus written."""
-    runs: list[Run] = []
-    for _ in range(2):
-        source = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE)
-        target = torch.empty_like(source)
-        runs.append(lambda s=source, t=target: t.copy_(s))  # type: ignore[misc]
-    return 2 * (1 << 28) / milliseconds(runs) / 1e6
 
 
 def sweep_dequantize(copy: float, deadline: float) -> list[dict[str, Any]]:
@@ -192,7 +166,7 @@ def main() -> None:
     """Measure, print the best few of each case, write all to the file named first."""
     begin = time.monotonic()
     limit = begin + float(sys.argv[2] if len(sys.argv) > 2 else 60)
-    copy = copy_rate()
+    copy = copy_rate(Device())["copy_gbps"]
     print(f"{torch.cuda.get_device_name()}: copy {copy:.0f} GB/s")
     results = sweep_dequantize(copy, limit - 15) + sweep_quantize(copy, limit - 5) + others(copy)
     cases: dict[str, list[dict[str, Any]]] = {}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from feinwerk import _library, testing
+from feinwerk.testing.poison import poisoned
 
 # The same examples on every run: a failure in CI is a failure here.
 _COMMON: dict[str, Any] = {
@@ -79,22 +79,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+def poison() -> Iterator[None]:
     """Fill what feinwerk allocates: an element that a kernel forgets to write shows as NaN."""
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
-
-
-def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
-        fresh = allocate(*args, **kwargs)
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        real = type(fresh) is torch.Tensor and fresh.device.type == "cpu"
-        if real and caller.partition(".")[0] == "feinwerk":
-            if fresh.is_floating_point():
-                fresh.fill_(torch.nan)
-            else:
-                fresh.fill_(torch.iinfo(fresh.dtype).max)
-        return fresh
-
-    return wrapper
+    with poisoned():
+        yield

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 
 from benchmarks.gpu.device import Device
 from feinwerk import testing
+from feinwerk.testing.poison import poisoned
 
 Results = dict[str, torch.Tensor]
 
@@ -84,31 +83,6 @@ def run(check: Check, device: Device) -> None:
     check.judge(got)
     for name, value in got.items():
         testing.assert_same_bits(again[name], value, f"{name}, second run")
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fill what feinwerk allocates, so that an element that no kernel writes shows."""
-    with contextlib.ExitStack() as stack:
-        for name in ("empty", "empty_like"):
-            patched = _poisoned(getattr(torch, name))
-            stack.enter_context(mock.patch.object(torch, name, patched))
-        yield
-
-
-def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
-        fresh = allocate(*args, **kwargs)
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        real = type(fresh) is torch.Tensor and fresh.device.type in ("cpu", "cuda")
-        if real and caller.partition(".")[0] == "feinwerk":
-            if fresh.is_floating_point():
-                fresh.fill_(torch.nan)
-            else:
-                fresh.fill_(torch.iinfo(fresh.dtype).max)
-        return fresh
-
-    return wrapper
 
 
 def on_host(results: Results) -> Results:

@@ -24,6 +24,7 @@ CACHE_FACTOR = 2.5  # copies hold this many times the L2 cache
 MOST_COPIES = 48
 ROUNDS = (11, 41)  # at least, at most
 MOST_REPEATS = 64
+SAMPLES = 15  # of a contender alone
 
 
 @dataclass
@@ -148,6 +149,21 @@ def paired(
     for name in names[1:]:
         found[name]["ratio"] = ratio(taken[names[0]], taken[name]).as_dict()
     return {"ours": found.pop(names[0]), "peers": found}
+
+
+def alone(device: Device, contender: Contender) -> dict[str, float]:
+    """Times of one contender alone, in microseconds."""
+    ready = prepare(device, contender)
+    taken = []
+    for _ in range(3 if device.dry else SAMPLES):
+        begin, end = device.event(), device.event()
+        device.head_start(2 * ready.host_seconds + 1e-4)
+        begin.record()
+        ready.run()
+        end.record()
+        device.synchronize()
+        taken.append(1e-3 * begin.elapsed_time(end) / ready.count)
+    return times(taken)
 
 
 def times(seconds: Sequence[float]) -> dict[str, float]:

@@ -109,6 +109,7 @@ def register_op(
     return getattr(torch.ops.feinwerk, name).default
 
 
+@functools.cache
 def why_no_triton() -> str | None:
     """Return why no Triton kernel can run on a GPU here, or None where they can."""
     return None if importlib.util.find_spec("triton") else "Triton is not installed"

@@ -71,7 +71,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if min(grid) < 1:
         return
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, enable_fp_fusion=False, **options)
     else:

@@ -71,6 +71,12 @@ class LinearTuning:
         default_factory=lambda: TileChoice(block_m=32, block_n=32, stages=1)
     )
 
+    def rows_without_slabs(self, *, fp32: bool, transposed: bool = False) -> int:
+        """Up to so many rows a kernel decodes W itself; of more, W comes slab by slab."""
+        if fp32:
+            return self.tile_rows_fp32
+        return self.tile_rows_transposed if transposed else self.tile_rows
+
 
 _INTERPRETED = TileChoice(block_m=128, block_n=128, block_k=128, least_steps=2, lookup="table")
 
@@ -105,7 +111,10 @@ _HIP_LINEAR = LinearTuning(
 )
 
 
+_DEFAULT_LINEAR = LinearTuning()
+
+
 def linear_tuning(backend: str, arch: str) -> LinearTuning:
     """Return nf4_linear's numbers for a GPU, `Gpu.backend` and `Gpu.arch`."""
-    default = _HIP_LINEAR if backend == "hip" else LinearTuning()
+    default = _HIP_LINEAR if backend == "hip" else _DEFAULT_LINEAR
     return _LINEAR.get((backend, arch), default)

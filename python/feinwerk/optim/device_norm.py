@@ -15,11 +15,9 @@ import functools
 
 import torch
 
-from feinwerk.optim.gradient_norm import clip_coefficient, norm_of
+from feinwerk.optim.gradient_norm import LIMB_BITS, LOWEST, clip_coefficient, norm_of
 
-_BITS = 30
-_MASK = (1 << _BITS) - 1
-_LOWEST = -300
+_MASK = (1 << LIMB_BITS) - 1
 # Limbs grow by carries beyond the highest, and four digits are taken from the lowest on as well.
 _ABOVE, _BELOW = 3, 4
 _KEPT_BITS = 61
@@ -39,7 +37,7 @@ def norm_on_device(limbs: torch.Tensor) -> torch.Tensor:
         >>> norm_on_device(square_sum([torch.tensor([3.0, 4.0])]))
         tensor(5., dtype=torch.float64)
     """
-    norm = total_on_device(limbs[:-2]).sqrt() * 2.0 ** (_LOWEST // 2)
+    norm = total_on_device(limbs[:-2]).sqrt() * 2.0 ** (LOWEST // 2)
     infinities, nans = limbs[-2], limbs[-1]
     norm = torch.where(infinities != 0, torch.inf, norm)
     return torch.where(nans != 0, torch.nan, norm)
@@ -60,15 +58,15 @@ def total_on_device(limbs: torch.Tensor) -> torch.Tensor:
     highest = torch.where(digits != 0, place, _BELOW).amax()
     # gather: an index without dimensions would be read by the host.
     a, b, c, d = digits.gather(0, highest - place[:4])
-    high, low = (a << _BITS) | b, (c << _BITS) | d
+    high, low = (a << LIMB_BITS) | b, (c << LIMB_BITS) | d
     # 61 bits or so remain, more than the 53 that rounding looks at; what is cut off sticks.
     length = torch.frexp(high.double())[1].long()
-    shift = (_KEPT_BITS - length).clamp(1, 2 * _BITS)
-    cut = 2 * _BITS - shift
+    shift = (_KEPT_BITS - length).clamp(1, 2 * LIMB_BITS)
+    cut = 2 * LIMB_BITS - shift
     rest = low & ((torch.ones_like(cut) << cut) - 1)
     sticky = (rest != 0) | ((digits != 0) & (place < highest - 3)).any()
     kept = (high << shift) | (low >> cut) | sticky.long()
-    exponent = _BITS * (highest - _BELOW - 1) - shift
+    exponent = LIMB_BITS * (highest - _BELOW - 1) - shift
     power = _powers(limbs.device).gather(0, (exponent - _POWERS.start).view(1))[0]
     total: torch.Tensor = kept.double() * power
     return total
@@ -94,7 +92,7 @@ def _normalized(limbs: torch.Tensor) -> torch.Tensor:
     """Digits below 2^30 of the same number, with zeros below and room above."""
     digits = torch.nn.functional.pad(limbs, (_BELOW, _ABOVE))
     for _ in range(3):  # 2^63, 2^33 + 2^30, 2^30 + 7, and then 2^30 at most
-        digits = (digits & _MASK) + (digits >> _BITS).roll(1)
+        digits = (digits & _MASK) + (digits >> LIMB_BITS).roll(1)
     # A digit of 2^30 carries, and those of 2^30 - 1 above it pass that on.
     place = torch.arange(len(digits), device=digits.device)
     source = torch.where(digits != _MASK, place, -1).cummax(0).values

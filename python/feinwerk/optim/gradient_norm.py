@@ -22,8 +22,8 @@ from feinwerk.optim.state import is_dtensor, to_local
 
 # What `square_sum` returns: limbs of so many bits from 2^-300 on, then two counters.
 SQUARE_SUM_LENGTH = 22
-_LIMB_BITS = 30
-_LOWEST = -300
+LIMB_BITS = 30
+LOWEST = -300
 
 
 def norm_of(limbs: torch.Tensor) -> float:
@@ -43,9 +43,9 @@ def norm_of(limbs: torch.Tensor) -> float:
     *digits, infinities, nans = limbs.tolist()
     if nans or infinities:
         return math.nan if nans else math.inf
-    total = sum(digit << _LIMB_BITS * i for i, digit in enumerate(digits))
+    total = sum(digit << LIMB_BITS * i for i, digit in enumerate(digits))
     # Halving an even exponent is exact.
-    return math.sqrt(float(total)) * 2.0 ** (_LOWEST // 2)
+    return math.sqrt(float(total)) * 2.0 ** (LOWEST // 2)
 
 
 def clip_coefficient(norm: float, max_grad_norm: float) -> float:

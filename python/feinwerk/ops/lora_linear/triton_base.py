@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from feinwerk.ops.nf4_linear.triton import multiply, multiply_transposed, slabs
+from feinwerk.ops.nf4_linear.triton import (
+    multiply,
+    multiply_transposed,
+    slab_step,
+    slabs,
+    tuning_of,
+)
 from feinwerk.triton_lib import gpu_of
-from feinwerk.triton_tuning import LinearTuning, linear_tuning
+from feinwerk.triton_tuning import LinearTuning
 
 # Fills a part of a result that a product is then added to: part, its first column, the slab.
 Prepare = Callable[[torch.Tensor, int, torch.Tensor], None]
-
-# Slabs of a dense weight begin at multiples of so many rows or columns, as those of NF4 do.
-_STEP = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +44,17 @@ class Base:
         """nf4_linear's numbers for this GPU."""
         weight = self.tables[0]
         assert weight is not None
-        gpu = gpu_of(weight.device)
-        tuning = linear_tuning(gpu.backend, gpu.arch)
-        if gpu.backend != "interpreter":
+        tuning = tuning_of(weight)
+        if gpu_of(weight.device).backend != "interpreter":
             return tuning
         # A few slabs of any weight: there it is their number that takes time.
         few = max(tuning.slab_bytes, self.N * self.K * self.dtype.itemsize // 4)
         return dataclasses.replace(tuning, slab_bytes=few)
+
+    def _without_slabs(self, rows: int, *, transposed: bool = False) -> bool:
+        fp32 = self.dtype is torch.float32
+        most = self.tuning.rows_without_slabs(fp32=fp32, transposed=transposed)
+        return not self.dense and rows <= most
 
     def slabs(self, by: str = "rows") -> Iterator[tuple[int, int, torch.Tensor]]:
         """Yield (begin, end, slab of W~), [end - begin, K] by "rows", else [N, end - begin]."""
@@ -59,8 +66,7 @@ class Base:
         weight = self.tables[0]
         assert weight is not None
         count, other = (self.N, self.K) if by == "rows" else (self.K, self.N)
-        parts = max(1, -(-count * other * self.dtype.itemsize // self.tuning.slab_bytes))
-        step = min(count, -(-count // (parts * _STEP)) * _STEP)
+        step = slab_step(count, self.tuning.slab_bytes // (other * self.dtype.itemsize))
         for begin in range(0, count, step):
             end = min(begin + step, count)
             slab = weight[begin:end] if by == "rows" else weight[:, begin:end]
@@ -82,9 +88,8 @@ class Base:
         unless `whole` asks for slabs afterwards. Otherwise `prepare(y[:, begin:end], begin, slab)`,
         if given, has filled its part beforehand with what is to be added instead of the bias.
         """
-        rows, wide = len(x), self.dtype is torch.float32
-        fused = self.tuning.tile_rows_fp32 if wide else self.tuning.tile_rows
-        if not self.dense and rows <= fused:
+        rows = len(x)
+        if self._without_slabs(rows):
             multiply(
                 x, self.tables, bias, N=self.N, K=self.K, blocksize=self.blocksize, out=y
             )  # fmt: skip
@@ -111,9 +116,8 @@ class Base:
 
         None where W would not be taken slab by slab; no sum crosses from one slab to the next.
         """
-        rows, wide = len(grad), self.dtype is torch.float32
-        fused = self.tuning.tile_rows_fp32 if wide else self.tuning.tile_rows_transposed
-        if not self.dense and rows <= fused:
+        rows = len(grad)
+        if self._without_slabs(rows, transposed=True):
             return None
         out = torch.empty((rows, self.K), dtype=self.dtype, device=grad.device)
         for begin, end, slab in self.slabs("columns"):

@@ -82,14 +82,14 @@ def multiply(
     y = torch.empty((x2d.shape[0], N), dtype=x2d.dtype, device=x2d.device) if out is None else out
     if x2d.shape[0] == 0:
         return y
-    tuning = tuning or _tuning_of(x2d)
+    tuning = tuning or tuning_of(x2d)
     rows, wide = x2d.shape[0], x2d.dtype is torch.float32
     in_runs = K % RUN == 0 and blocksize % RUN == 0
     if rows <= tuning.decode_rows and not wide and in_runs and tuning.decode_outputs <= N:
         choice = tuning.decode if rows <= 8 else tuning.decode_many
         decode(x2d, tables, bias, y, blocksize=blocksize, choice=choice)
         return y
-    if rows <= (tuning.tile_rows_fp32 if wide else tuning.tile_rows):
+    if rows <= tuning.rows_without_slabs(fp32=wide):
         choice = _choice(tuning.tile_fp32 if wide else tuning.tile, tuning, K, blocksize)
         multiply_tile(x2d, tables, bias, y, blocksize=blocksize, choice=choice)
         return y
@@ -121,14 +121,13 @@ def multiply_transposed(
     grad_x = torch.empty((grad2d.shape[0], K), dtype=grad2d.dtype, device=grad2d.device)
     if grad2d.shape[0] == 0:
         return grad_x
-    tuning = tuning or _tuning_of(grad2d)
-    wide = grad2d.dtype is torch.float32
-    if grad2d.shape[0] <= (tuning.tile_rows_fp32 if wide else tuning.tile_rows_transposed):
+    tuning = tuning or tuning_of(grad2d)
+    rows, wide = grad2d.shape[0], grad2d.dtype is torch.float32
+    if rows <= tuning.rows_without_slabs(fp32=wide, transposed=True):
         choice = tuning.tile_fp32 if wide else tuning.transposed
         choice = _choice(choice, tuning, K, blocksize)
         multiply_transposed_tile(grad2d, tables, grad_x, blocksize=blocksize, choice=choice)
         return grad_x
-    rows = grad2d.shape[0]
     steps = slabs(tables, N, K, blocksize, grad2d.dtype, "columns", rows=rows, tuning=tuning)
     for begin, end, slab in steps:
         torch.mm(grad2d, slab, out=grad_x[:, begin:end])
@@ -152,11 +151,11 @@ def slabs(
     known, set their size.
     """
     packed, absmax, nested_absmax, nested_codebook, nested_offset = tables
-    tuning = tuning or _tuning_of(packed)
+    tuning = tuning or tuning_of(packed)
     count, other = (N, K) if by == "rows" else (K, N)
     many = rows is not None and rows >= tuning.many_rows
     bound = tuning.slab_bytes_many if many else tuning.slab_bytes
-    step = _step(count, bound // (other * dtype.itemsize))
+    step = slab_step(count, bound // (other * dtype.itemsize))
     buffer = torch.empty(step * other, dtype=dtype, device=packed.device)
     for begin in range(0, count, step):
         end = min(begin + step, count)
@@ -170,7 +169,7 @@ def slabs(
         yield begin, end, slab
 
 
-def _step(count: int, most: int) -> int:
+def slab_step(count: int, most: int) -> int:
     """Return how many of count rows or columns a slab has: whole tiles, at most about `most`.
 
     Slabs of equal size where there are some: a short product costs nearly what a long one does.
@@ -191,6 +190,7 @@ def _choice(choice: TileChoice, tuning: LinearTuning, K: int, blocksize: int) ->
     return choice if fits(K, blocksize, choice) else tuning.general
 
 
-def _tuning_of(tensor: torch.Tensor) -> LinearTuning:
+def tuning_of(tensor: torch.Tensor) -> LinearTuning:
+    """Return the numbers for the GPU that a tensor lives on."""
     gpu = gpu_of(tensor.device)
     return linear_tuning(gpu.backend, gpu.arch)
