@@ -20,9 +20,9 @@
 //   set1_words store_words xor_words multiply_words(a, b, high, low)   lanes as unsigned words
 //   kMicroRows kMicroVectors   the register tile of the matrix product
 //
-// AVX-512 adds decode32_bf16 (32 codes to bf16 at once) and pack_bytes<k> (byte k of 64 dwords); with
-// VBMI ByteTables (256 floats, looked up by 64 bytes), under FEINWERK_BYTE_TABLES; with BF16 or AMX
-// flags also the words of their dot products, under FEINWERK_BF16_DOT and FEINWERK_AMX.
+// AVX-512 adds decode32_bf16 (32 codes to bf16 at once) and pack_bytes<k> (byte k of 64 dwords);
+// with VBMI ByteTables (256 floats, looked up by 64 bytes), under FEINWERK_BYTE_TABLES; with BF16
+// or AMX flags also the words of their dot products, under FEINWERK_BF16_DOT and FEINWERK_AMX.
 // Everything lives in an unnamed namespace: an inline function shared between objects built with
 // different flags could be picked by the linker for a CPU that cannot run it.
 #ifndef FEINWERK_SIMD_SIMD_H_
