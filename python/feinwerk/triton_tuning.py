@@ -1,7 +1,7 @@
 """Every tuned number of the Triton kernels: which kernel serves which size, and in which tiles.
 
 Plain numbers by (backend, arch), with a default; the kernels themselves know none. A number is here
-because a sweep (benchmarks/gpu_sweep.py) or an argument in docs/ops/<op>.md chose it.
+because a sweep (benchmarks/gpu/sweep_linear.py) or an argument in docs/ops/<op>.md chose it.
 """
 
 from __future__ import annotations

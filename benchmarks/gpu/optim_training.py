@@ -1,4 +1,4 @@
-"""Checks of whole optimizers on a GPU, for gpu_optim_check: bits, scaling, sharding, no waiting."""
+"""Checks of whole optimizers on a GPU, for optim_check: bits, scaling, sharding, no waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times of AdamW steps on one GPU, in turn with torch's fused one, for gpu_optim_check."""
+"""Times of AdamW steps on one GPU, in turn with torch's fused one, for optim_check."""
 
 from __future__ import annotations
 

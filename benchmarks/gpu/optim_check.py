@@ -1,6 +1,6 @@
 """Checks the optimizers on one real GPU bit by bit, then times their steps beside torch's fused.
 
-    PYTHONPATH=python:. python3 -m benchmarks.gpu_optim_check OUT.json [--seconds 60]
+    PYTHONPATH=python:. python3 -m benchmarks.gpu.optim_check OUT.json [--seconds 60]
 
 The truth is the CPU's, which may be the slow reference: sizes are small. Groups of checks run in
 processes of their own, side by side, as most of their time is compilation.
@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_optim_speed
-from benchmarks.gpu_optim_training import GPU, Checks, no_waiting, optimizers, sharded
+from benchmarks.gpu import optim_speed
+from benchmarks.gpu.optim_training import GPU, Checks, no_waiting, optimizers, sharded
 from feinwerk import square_sum
 from feinwerk.testing.adamw import MASTERS, StepCase, make_step
 
@@ -229,7 +229,7 @@ def run_groups(seconds: float) -> dict[str, str]:
             command = [
                 sys.executable,
                 "-m",
-                "benchmarks.gpu_optim_check",
+                "benchmarks.gpu.optim_check",
                 str(path),
                 "--group",
                 name,
@@ -270,12 +270,12 @@ def main() -> None:
     failed = [f"{name}: {verdict}" for name, verdict in found.items() if verdict != "PASS"]
     print("\n".join(failed))
     spent = time.monotonic() - begin
-    timed = gpu_optim_speed.measure(options.seconds - spent - 2)
+    timed = optim_speed.measure(options.seconds - spent - 2)
     result["speed"] = timed
     options.out.write_text(json.dumps(result, indent=1))
     passed = sum(verdict == "PASS" for verdict in found.values())
     print(f"{result['gpu']}, torch {result['torch']}: {passed} of {len(found)} checks passed")
-    print("\n".join(gpu_optim_speed.table(timed)))
+    print("\n".join(optim_speed.table(timed)))
     print(f"{time.monotonic() - begin:.0f} s")
 
 

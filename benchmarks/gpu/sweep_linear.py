@@ -1,9 +1,11 @@
 """Finds the numbers of feinwerk.triton_tuning on a GPU: times nf4_linear in many configurations.
 
-`PYTHONPATH=python:. python3 -m benchmarks.gpu_sweep out.json` needs torch, Triton and one GPU, not
-the native extension. Every configuration is checked against the error budget before it is timed, in
-a CUDA graph over copies of the weight that exceed the L2 cache. Processes compile all kernels
-beforehand, on small tensors. The JSON is rewritten after each case.
+    PYTHONPATH=python:. python3 -m benchmarks.gpu.sweep_linear out.json
+
+It needs torch, Triton and one GPU, not the native extension. Every configuration is checked against
+the error budget before it is timed, in a CUDA graph over copies of the weight that exceed the L2
+cache. Processes compile all kernels beforehand, on small tensors. The JSON is rewritten after each
+case.
 """
 
 from __future__ import annotations
@@ -196,7 +198,7 @@ def compile_part(part: int, parts: int) -> None:
 def main(path: str) -> None:
     began = time.monotonic()
     parts = max(1, min(12, (os.cpu_count() or 2) - 2))
-    command = [sys.executable, "-m", "benchmarks.gpu_sweep", "--compile"]
+    command = [sys.executable, "-m", "benchmarks.gpu.sweep_linear", "--compile"]
     compilers = [subprocess.Popen([*command, str(part), str(parts)]) for part in range(parts)]
     failed = sum(compiler.wait() != 0 for compiler in compilers)
     compiled = time.monotonic() - began

@@ -1,6 +1,6 @@
 """One GPU: the fastest configurations of the NF4 codecs, each equal to the reference to the bit.
 
-PYTHONPATH=python:. python3 -m benchmarks.gpu_sweep_codecs out.json [seconds]
+PYTHONPATH=python:. python3 -m benchmarks.gpu.sweep_codecs out.json [seconds]
 
 Device time by CUDA graphs over buffers rotated beyond the L2 cache, as a share of a measured copy.
 """
