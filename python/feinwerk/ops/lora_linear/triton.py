@@ -14,6 +14,7 @@ Dropout's mask is drawn in registers wherever it is needed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -174,8 +175,8 @@ def lora_linear_backward(
         for i in range(len(A))
     ]
     spans = [{"begin": begin, "end": end} for begin, end in ranges]
+    call = _Call(base, rows, dy, S, A, B, scaling, gains, spans, drawn, p)
 
-    dora = [gain["norm"] is not None for gain in gains]
     make = torch.empty if segments is None else torch.zeros
     dS = make(S.shape, dtype=torch.float32, device=device) if wants[0] or wants[1] else None
     grad_A = [_like(one) for one in A] if wants[1] else []
@@ -184,30 +185,47 @@ def lora_linear_backward(
     if y is not None and drawn is None and wants[3]:
         seen = y.reshape(-1, N).contiguous()
     scaled, less = None, 0.0 if drawn is None else 1.0
-    if wants[0] and any(dora):
+    if wants[0] and any(call.dora):
         scaled = torch.empty_like(dy)
-        if not all(dora) or sum(end - begin for begin, end in ranges) != M:
+        if not all(call.dora) or sum(end - begin for begin, end in ranges) != M:
             scale_columns(scaled, dy, begin=0, end=M, magnitude=None, norm=None, less=less)
     sums = [
         _over_grad_y(
-            dy, S, B[i], scaling[i : i + 1], gains[i], spans[i], (N + M, K + M), dS,
-            grad_B[i] if wants[2] else None, seen if dora[i] else None, bias,
-            scaled if dora[i] else None, less,
+            call, i, dS=dS, grad_B=grad_B[i] if wants[2] else None, bias=bias,
+            seen=seen if call.dora[i] else None, scaled=scaled if call.dora[i] else None, less=less,
         )
         for i in range(len(A))
     ]  # fmt: skip
     for i, out in enumerate(grad_A):
         outer(out, dS, rows, depth=N + M, seed=drawn, dropout_p=p, **spans[i])
     grad_bias = column_sums(dy) if wants[4] else _nothing(dy, torch.float32)
-    grad_magnitude: Tensors = []
-    if wants[3] and magnitude:
-        grad_magnitude = _magnitudes(
-            base, dy, rows, S, sums, bias, B, scaling, gains, magnitude, drawn, p, spans
-        )
+    grad_magnitude = _magnitudes(call, sums, bias, magnitude) if wants[3] and magnitude else []
     if not wants[0]:
         return _nothing(x, x.dtype), grad_A, grad_B, grad_magnitude, grad_bias
-    grad_x = _grad_x(base, dy, scaled, dS, A, dora, drawn, p, spans, segments is None)
+    grad_x = _grad_x(call, scaled, dS, covered=segments is None)
     return grad_x.view(x.shape), grad_A, grad_B, grad_magnitude, grad_bias
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What every part of the backward reads; lists have an entry for each adapter."""
+
+    base: Base
+    rows: torch.Tensor  # x [M, K]
+    dy: torch.Tensor  # [M, N]
+    S: torch.Tensor
+    A: Tensors
+    B: Tensors
+    scaling: torch.Tensor
+    gains: list[dict[str, torch.Tensor | None]]  # magnitude and norm, or Nones
+    spans: list[dict[str, int]]  # begin and end of its rows
+    seed: torch.Tensor | None
+    dropout_p: float
+
+    @property
+    def dora(self) -> list[bool]:
+        """Which adapters have a gain."""
+        return [gain["norm"] is not None for gain in self.gains]
 
 
 def _nothing(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -215,13 +233,9 @@ def _nothing(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _over_grad_y(
-    dy: torch.Tensor,
-    S: torch.Tensor,
-    B: torch.Tensor,
-    scaling: torch.Tensor,
-    gain: dict[str, torch.Tensor | None],
-    span: dict[str, int],
-    depths: tuple[int, int],
+    call: _Call,
+    i: int,
+    *,
     dS: torch.Tensor | None,
     grad_B: torch.Tensor | None,
     seen: torch.Tensor | None,
@@ -229,37 +243,32 @@ def _over_grad_y(
     scaled: torch.Tensor | None,
     less: float,
 ) -> torch.Tensor | None:
-    """Whatever one adapter needs of dY: at once, or with many ranks one after the other."""
+    """Whatever adapter i needs of dY: at once, or with many ranks one after the other."""
+    dy, S, B, scaling = call.dy, call.S, call.B[i], call.scaling[i : i + 1]
+    gain, span = call.gains[i], call.spans[i]
+    (M, N), K = dy.shape, call.rows.shape[1]
     if B.shape[1] <= MOST_RANK:
         if all(wanted is None for wanted in (dS, grad_B, seen, scaled)):
             return None
         return read_grad_y(
-            dy, S, B, scaling, depths=depths, dS=dS, grad_B=grad_B, y=seen, bias=bias,
+            dy, S, B, scaling, depths=(N + M, K + M), dS=dS, grad_B=grad_B, y=seen, bias=bias,
             scaled=scaled, less=less, **span, **gain,
         )  # fmt: skip
     if dS is not None:
-        shrink(dS, dy, B.t(), scaling=scaling, depth=depths[0], **span, **gain)
+        shrink(dS, dy, B.t(), scaling=scaling, depth=N + M, **span, **gain)
     if grad_B is not None:
-        outer(grad_B.t(), S, dy, depth=depths[1], scaling=scaling, **span, **gain)
+        outer(grad_B.t(), S, dy, depth=K + M, scaling=scaling, **span, **gain)
     if scaled is not None:
         scale_columns(scaled, dy, less=less, **span, **gain)
     return None if seen is None else sums_over_y(dy, seen, bias, **span)
 
 
 def _grad_x(
-    base: Base,
-    dy: torch.Tensor,
-    scaled: torch.Tensor | None,
-    dS: torch.Tensor,
-    A: Tensors,
-    dora: list[bool],
-    seed: torch.Tensor | None,
-    p: float,
-    spans: list[dict[str, int]],
-    covered: bool,
+    call: _Call, scaled: torch.Tensor | None, dS: torch.Tensor, *, covered: bool
 ) -> torch.Tensor:
     """(g dY) W~ + keep dS A; under dropout DoRA's second product is masked as well."""
-    twice = scaled is not None and seed is not None
+    twice = scaled is not None and call.seed is not None
+    dropout = {"seed": call.seed, "dropout_p": call.dropout_p}
 
     def prepare(part: torch.Tensor, first: int, slab: torch.Tensor | None) -> None:
         v = None
@@ -267,51 +276,40 @@ def _grad_x(
             v = torch.mm(scaled, slab, out=torch.empty_like(part, memory_format=_ROWS))
         if not covered:
             part.zero_()  # rows of no adapter
-        for i, span in enumerate(spans):
+        for A, one, span in zip(call.A, call.dora, call.spans, strict=True):
             expand(
-                part, dS, A[i][:, first : first + part.shape[1]], seed=seed, dropout_p=p,
-                z=v if dora[i] else None, first=first, fresh=True, **span,
+                part, dS, A[:, first : first + part.shape[1]], z=v if one else None, first=first,
+                fresh=True, **dropout, **span,
             )  # fmt: skip
 
-    through = dy if twice or scaled is None else scaled
-    grad_x = base.transposed(through, prepare)
+    through = call.dy if twice or scaled is None else scaled
+    grad_x = call.base.transposed(through, prepare)
     if grad_x is None:
-        grad_x = base.transposed_whole(through)
-        v = base.transposed_whole(scaled) if twice else None
-        for i, span in enumerate(spans):
-            z = v if dora[i] else None
-            expand(grad_x, dS, A[i], seed=seed, dropout_p=p, z=z, **span)
+        grad_x = call.base.transposed_whole(through)
+        v = call.base.transposed_whole(scaled) if twice else None
+        for A, one, span in zip(call.A, call.dora, call.spans, strict=True):
+            expand(grad_x, dS, A, z=v if one else None, **dropout, **span)
     return grad_x
 
 
 def _magnitudes(
-    base: Base,
-    dy: torch.Tensor,
-    rows: torch.Tensor,
-    S: torch.Tensor,
+    call: _Call,
     sums: list[torch.Tensor | None],
     bias: torch.Tensor | None,
-    B: Tensors,
-    scaling: torch.Tensor,
-    gains: list[dict[str, torch.Tensor | None]],
     magnitude: Tensors,
-    seed: torch.Tensor | None,
-    p: float,
-    spans: list[dict[str, int]],
 ) -> Tensors:
     """From the sums over y where it is there and says enough, else multiplied out again."""
-    dropped = rows if seed is None else masked(rows, seed, p)
+    dropped = call.rows if call.seed is None else masked(call.rows, call.seed, call.dropout_p)
     found: Tensors = []
-    for i, span in enumerate(spans):
-        lost, grad, parts = None, _like(magnitude[i]), sums[i]
-        norm = gains[i]["norm"]
+    for i, (span, parts) in enumerate(zip(call.spans, sums, strict=True)):
+        lost, grad, norm = None, _like(magnitude[i]), call.gains[i]["norm"]
         if norm is not None:
             if parts is not None:
-                count = span["end"] - span["begin"]
-                grad, lost = magnitude_of_sums(parts, bias, magnitude[i], norm, count, dy.dtype)
+                count, dtype = span["end"] - span["begin"], call.dy.dtype
+                grad, lost = magnitude_of_sums(parts, bias, magnitude[i], norm, count, dtype)
             magnitude_from_inner(
-                grad, base, dy, dropped, S, B[i], scaling[i : i + 1], norm, lost=lost,
-                keep_scale=1 / (1 - p), **span,
+                grad, call.base, call.dy, dropped, call.S, call.B[i], call.scaling[i : i + 1], norm,
+                lost=lost, keep_scale=1 / (1 - call.dropout_p), **span,
             )  # fmt: skip
         found.append(grad)
     return found
