@@ -168,16 +168,8 @@ def load_adapter(
     Example:
         See `save_adapter`.
     """
-    from safetensors.torch import load_file
-
-    op, folder = "load_adapter", Path(folder)
-    config = json.loads((folder / _CONFIG).read_text())
-    init = _check_config(op, config)
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(folder / _WEIGHTS).items():
-        path, name = _split(op, key)
-        found.setdefault(path, {})[name] = value
-    options = {name: _options(op, config, name, parts) for name, parts in found.items()}
+    op = "load_adapter"
+    config, init, found, options = read_files(op, folder)
     there = adapters_of(model)
     free = {place.name: place for place in places_of(model) if adapter_class(place.module)}
     for name, parts in found.items():
@@ -204,6 +196,22 @@ def load_adapter(
             adapter.set_scaling(options[name]["lora_alpha"], options[name]["use_rslora"])
             adapter.invalidate()
     return list(found)
+
+
+def read_files(
+    op: str, folder: str | Path
+) -> tuple[dict[str, Any], str, dict[str, dict[str, torch.Tensor]], dict[str, dict[str, Any]]]:
+    """Return the config, the init the base needs, every layer's tensors and its options."""
+    from safetensors.torch import load_file
+
+    config = json.loads((Path(folder) / _CONFIG).read_text())
+    init = _check_config(op, config)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in load_file(Path(folder) / _WEIGHTS).items():
+        path, name = _split(op, key)
+        found.setdefault(path, {})[name] = value
+    options = {name: _options(op, config, name, parts) for name, parts in found.items()}
+    return config, init, found, options
 
 
 def _factors(

@@ -11,8 +11,10 @@ from typing import Any
 
 # Public name -> the module of this package that defines it.
 _HOMES = {
+    "load_adapter": "adapter_session",
     "library_path": "library",
     "register": "library",
+    "save_adapter": "adapter_file",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,0 +1,133 @@
+"""The weight below an adapter, out of a torch model or an exported graph, for DoRA's row norms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from feinwerk import _checks
+from feinwerk.nn import Adapter, NF4Linear
+from feinwerk.onnx.adapter_inputs import AdapterInputs
+from feinwerk.ops import row_norms, weight_norm
+
+_Tables = tuple[torch.Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A weight as the ops take it: [N, K], or packed codes with their tables."""
+
+    weight: torch.Tensor
+    tables: _Tables
+    shape: tuple[int, int]
+    blocksize: int = 64
+
+    def weight_norm(self, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Return ||W + scaling B A|| of every row, fp32 [N], by the steps of DoRALinear."""
+        with torch.no_grad():
+            base_norm = row_norms(
+                self.weight, *self.tables, shape=self.shape, blocksize=self.blocksize
+            )
+            return weight_norm(
+                self.weight, A, B, *self.tables, scaling=scaling, base_norm=base_norm,
+                blocksize=self.blocksize,
+            )  # fmt: skip
+
+
+_NO_TABLES: _Tables = (None, None, None, None)
+
+
+def base_of_module(op: str, model: nn.Module, name: str) -> Base:
+    """The weight of a layer of a torch model, below whatever adapter it has.
+
+    Args:
+        op: who asks, for messages.
+        model: Feinwerk's, a plain one, or one that PEFT has wrapped.
+        name: the layer's path in the model that PEFT wrapped.
+
+    Returns:
+        The weight, on CPU.
+
+    Raises:
+        ValueError: if there is no such layer.
+        TypeError: if it is no linear layer, dense or NF4.
+    """
+    wrapped: Any = model
+    if hasattr(model, "get_base_model"):
+        wrapped = wrapped.get_base_model()
+    try:
+        layer: nn.Module = wrapped.get_submodule(name)
+    except AttributeError:
+        rule = f"be a layer of {type(wrapped).__name__}"
+        _checks.reject(ValueError, op, name, rule, "none of that name")
+    while isinstance(layer, Adapter) or "base_layer" in layer._modules:
+        layer = layer.get_submodule("base_layer")
+    if isinstance(layer, NF4Linear):
+        w = layer.nf4_weight.to("cpu")
+        tables = (w.absmax, w.nested_absmax, w.nested_codebook, w.nested_offset)
+        return Base(w.packed, tables, (layer.out_features, layer.in_features), w.blocksize)
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):  # transformers': [K, N]
+        weight = layer.get_parameter("weight").detach().cpu().t().contiguous()
+    elif type(layer) is nn.Linear:
+        weight = layer.weight.detach().cpu()
+    else:
+        rule = "be a torch.nn.Linear, NF4Linear or Conv1D"
+        _checks.reject(TypeError, op, name, rule, type(layer).__name__)
+    return Base(weight, _NO_TABLES, (weight.shape[0], weight.shape[1]))
+
+
+def base_of_graph(op: str, graph: AdapterInputs, name: str) -> Base:
+    """The weight of the node that takes a layer's adapter inputs, read from the file.
+
+    Args:
+        op: who asks, for messages.
+        graph: the exported graph.
+        name: the layer.
+
+    Returns:
+        The weight; of the external data only its own bytes are read.
+
+    Raises:
+        ValueError: if no node of Feinwerk's takes the inputs, or its weight is no initializer.
+    """
+    for node in graph.model.graph.node:
+        if f"{name}.lora_A" in node.input and node.domain == "feinwerk":
+            if node.op_type == "NF4LoraLinear":
+                return _nf4_base(op, graph, name, node)
+            if node.op_type == "LoraLinear":
+                weight = _tensor(op, graph, name, node.input[1])
+                return Base(weight, _NO_TABLES, (weight.shape[0], weight.shape[1]))
+    rule = 'name a graph exported with ops="feinwerk" (or give the torch model): DoRA needs W'
+    got = f"no NF4LoraLinear or LoraLinear that takes {name}.lora_A"
+    _checks.reject(ValueError, op, "model", rule, got)
+
+
+def _nf4_base(op: str, graph: AdapterInputs, name: str, node: Any) -> Base:
+    sizes = {attribute.name: attribute.i for attribute in node.attribute}
+    # x, packed, absmax, lora_A, lora_B, scaling, gain, bias, then the three nested tensors
+    packed, absmax = (_tensor(op, graph, name, key) for key in node.input[1:3])
+    nested = [_tensor(op, graph, name, key) for key in node.input[8:11] if key]
+    tables: list[torch.Tensor | None] = [absmax, *nested]
+    if len(nested) == 3:
+        tables[3] = nested[2].reshape(())
+    tables += [None] * (4 - len(tables))
+    return Base(packed, tuple(tables), (sizes["N"], sizes["K"]), sizes.get("block_size", 64))
+
+
+def _tensor(op: str, graph: AdapterInputs, name: str, key: str) -> torch.Tensor:
+    """An initializer as a tensor; numpy has no bfloat16, so those bits are taken as int16."""
+    import numpy
+    import onnx
+
+    for tensor in graph.model.graph.initializer:
+        if tensor.name == key:
+            array = onnx.numpy_helper.to_array(tensor, str(graph.path.parent))
+            if tensor.data_type == onnx.TensorProto.BFLOAT16:
+                bits = torch.from_numpy(array.view(numpy.int16).copy())
+                return bits.view(torch.bfloat16)
+            return torch.from_numpy(array.copy())
+    rule = f"have its weight as an initializer of {graph.path.name}"
+    _checks.reject(ValueError, op, name, rule, repr(key))
