@@ -17,7 +17,9 @@ def initializer(name: str, value: Any) -> Any:
     return numpy_helper.from_array(numpy.ascontiguousarray(value), name)
 
 
-def _layer(name: str, layer: nn.Linear, x: str, dora: bool) -> tuple[list[Any], list[Any], str]:
+def _layer(
+    name: str, layer: nn.Linear, x: str, dora: bool, defaults: dict[str, Any]
+) -> tuple[list[Any], list[Any], str]:
     """The nodes, initializers and output of one layer."""
     N, K = layer.out_features, layer.in_features
     parts = {
@@ -27,7 +29,10 @@ def _layer(name: str, layer: nn.Linear, x: str, dora: bool) -> tuple[list[Any], 
     }
     if dora:
         parts["gain"] = numpy.zeros(0, "f4")
-    held = [initializer(f"{name}.{part}", value) for part, value in parts.items()]
+    held = [
+        initializer(f"{name}.{part}", defaults.get(f"{name}.{part}", value))
+        for part, value in parts.items()
+    ]
     held.append(initializer(f"{name}.W", layer.weight.detach().numpy().T))
     nodes: list[Any] = []
 
@@ -54,12 +59,21 @@ def _layer(name: str, layer: nn.Linear, x: str, dora: bool) -> tuple[list[Any], 
     return nodes, held, y
 
 
-def write_graph(layers: dict[str, nn.Linear], path: Path, *, dora: bool = True) -> None:
-    """Write the layers, one after the other, as an .onnx file with the fixed input names."""
+def write_graph(
+    layers: dict[str, nn.Linear],
+    path: Path,
+    *,
+    dora: bool = True,
+    defaults: dict[str, Any] | None = None,
+) -> None:
+    """Write the layers, one after the other, as an .onnx file with the fixed input names.
+
+    `defaults` are the values of adapter inputs that do not start at rank 0.
+    """
     nodes, held, x = [], [], "x"
     inputs = [helper.make_tensor_value_info("x", F32, ["rows", "K"])]
     for name, layer in layers.items():
-        more, parts, x = _layer(name, layer, x, dora)
+        more, parts, x = _layer(name, layer, x, dora, defaults or {})
         nodes += more
         held += parts
         shapes: dict[str, list[Any]] = {
