@@ -15,6 +15,7 @@ _HOMES = {
     "library_path": "library",
     "register": "library",
     "save_adapter": "adapter_file",
+    "write_genai_config": "genai",
 }
 
 __all__ = sorted(_HOMES)
