@@ -1,6 +1,6 @@
-"""Builds feinwerk._C with CMake; everything else about the package is in pyproject.toml.
+"""Builds feinwerk._C and libfeinwerk_onnx.so with CMake; the rest is in pyproject.toml.
 
-FEINWERK_NO_NATIVE=1   leave the extension out: a pure-Python package with the reference backend
+FEINWERK_NO_NATIVE=1   leave both out: a pure-Python package with the reference backend
 FEINWERK_WERROR=1      compiler warnings are errors (CI)
 CMAKE_ARGS             further arguments for CMake's configure step
 """
@@ -18,6 +18,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PURE = os.environ.get("FEINWERK_NO_NATIVE", "0") not in ("", "0")
+LIBRARY = Path("onnx") / "libfeinwerk_onnx.so"  # inside the package
 INSTEAD = "or set FEINWERK_NO_NATIVE=1 to install the pure-Python library"
 
 
@@ -50,6 +51,14 @@ def find_tool(name: str) -> str:
     return path
 
 
+def put(source: Path, target: Path) -> None:
+    """Copy by renaming into place: a process that has the old file loaded keeps its pages."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.with_name(target.name + ".new")
+    shutil.copy2(source, staged)
+    staged.replace(target)
+
+
 class CMakeBuild(build_ext):
     """Configures and builds in a build folder that persists, so that a second build is short."""
 
@@ -60,7 +69,7 @@ class CMakeBuild(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        """Configure, build, and copy the module to where setuptools wants it."""
+        """Configure, build, and copy module and library to where setuptools wants them."""
         import pybind11
 
         # self.build_temp is a fresh temporary folder in editable mode; this one stays.
@@ -77,16 +86,19 @@ class CMakeBuild(build_ext):
             f"-DFEINWERK_WERROR={'ON' if werror else 'OFF'}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
-        for command in (configure, [cmake, "--build", str(build), "--target", "_C"]):
+        targets = ["_C", "feinwerk_onnx"]
+        for command in (configure, [cmake, "--build", str(build), "--target", *targets]):
             result = subprocess.run(command, check=False)
             if result.returncode:
                 raise SystemExit(f"feinwerk: the native build failed in {build}; see above.")
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Rename into place: a process that has the old module loaded keeps its pages.
-        staged = target.with_name(target.name + ".new")
-        shutil.copy2(build / target.name, staged)
-        staged.replace(target)
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        put(build / module.name, module)
+        put(build / LIBRARY.name, module.parent / LIBRARY)
+
+    def copy_extensions_to_source(self) -> None:
+        """Copy from the build's package folder to the source's, the library as well."""
+        super().copy_extensions_to_source()
+        put(Path(self.build_lib) / "feinwerk" / LIBRARY, ROOT / "python" / "feinwerk" / LIBRARY)
 
 
 class FreshBuildPy(build_py):

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cmath>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "core/dispatch.h"
@@ -33,12 +34,14 @@ void check_compute(const char* op, feinwerk_compute compute) {
 // Sizes and row ranges, which are all that a plan reads of the adapters.
 template <class Args>
 void check_adapter_sizes(const char* op, const Args& args) {
+  // An adapter of rank 0 is its gain alone; it has no gradients.
+  constexpr int64_t least = std::is_base_of_v<feinwerk_lora_linear_args, Args> ? 0 : 1;
   if (args.adapter_count < 0) invalid(op, "adapter_count", "not be negative", args.adapter_count);
   check_buffer(op, "adapters", args.adapters, args.adapter_count);
   int64_t end = 0;
   for (int64_t e = 0; e < args.adapter_count; ++e) {
     const feinwerk_adapter& adapter = args.adapters[e];
-    if (adapter.r < 1) invalid(op, "r", "be at least 1", adapter.r);
+    if (adapter.r < least) invalid(op, "r", "be at least " + std::to_string(least), adapter.r);
     checked_product(op, "r x K", adapter.r, args.weight.nf4.cols);
     checked_product(op, "N x r", args.weight.nf4.rows, adapter.r);
     if (adapter.row_begin < end || adapter.row_end < adapter.row_begin || adapter.row_end > args.m)

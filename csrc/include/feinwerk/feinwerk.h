@@ -142,7 +142,7 @@ typedef struct feinwerk_weight {
  *   weight_norm[i] = || W[i, :] + scaling * (lora_B @ lora_A)[i, :] ||
  * is found from base_norm[i] = || W[i, :] || unless weight_norm_known. */
 typedef struct feinwerk_adapter {
-  int64_t r;           /* at least 1 */
+  int64_t r;           /* at least 1; 0 in the forward, for a magnitude alone */
   const float* lora_A; /* [r, K] */
   const float* lora_B; /* [N, r] */
   float scaling;
