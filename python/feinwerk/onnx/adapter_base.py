@@ -10,6 +10,7 @@ from torch import nn
 
 from feinwerk import _checks
 from feinwerk.nn import Adapter, NF4Linear
+from feinwerk.nn.lora import is_conv1d
 from feinwerk.onnx.adapter_inputs import AdapterInputs
 from feinwerk.ops import row_norms, weight_norm
 
@@ -40,8 +41,8 @@ class Base:
 _NO_TABLES: _Tables = (None, None, None, None)
 
 
-def base_of_module(op: str, model: nn.Module, name: str) -> Base:
-    """The weight of a layer of a torch model, below whatever adapter it has.
+def layer_of_module(op: str, model: nn.Module, name: str) -> nn.Module:
+    """The layer of a torch model below whatever adapter it has.
 
     Args:
         op: who asks, for messages.
@@ -49,11 +50,11 @@ def base_of_module(op: str, model: nn.Module, name: str) -> Base:
         name: the layer's path in the model that PEFT wrapped.
 
     Returns:
-        The weight, on CPU.
+        A linear layer or an embedding, dense or NF4.
 
     Raises:
         ValueError: if there is no such layer.
-        TypeError: if it is no linear layer, dense or NF4.
+        TypeError: if it is of another kind.
     """
     wrapped: Any = model
     if hasattr(model, "get_base_model"):
@@ -65,18 +66,31 @@ def base_of_module(op: str, model: nn.Module, name: str) -> Base:
         _checks.reject(ValueError, op, name, rule, "none of that name")
     while isinstance(layer, Adapter) or "base_layer" in layer._modules:
         layer = layer.get_submodule("base_layer")
+    if not isinstance(layer, nn.Linear | nn.Embedding) and not is_conv1d(layer):
+        rule = "be a linear layer or an embedding"
+        _checks.reject(TypeError, op, name, rule, type(layer).__name__)
+    return layer
+
+
+def sizes_of_module(layer: nn.Module) -> tuple[int, int]:
+    """N and K as lora_B [N, r] and lora_A [r, K] see them; an embedding is K rows of N."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, layer.num_embeddings
+    K, N = layer.get_parameter("weight").shape
+    return N, K
+
+
+def base_of_module(layer: nn.Module) -> Base:
+    """The weight of a linear layer, on CPU."""
+    shape = sizes_of_module(layer)
     if isinstance(layer, NF4Linear):
         w = layer.nf4_weight.to("cpu")
         tables = (w.absmax, w.nested_absmax, w.nested_codebook, w.nested_offset)
-        return Base(w.packed, tables, (layer.out_features, layer.in_features), w.blocksize)
-    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):  # transformers': [K, N]
-        weight = layer.get_parameter("weight").detach().cpu().t().contiguous()
-    elif type(layer) is nn.Linear:
-        weight = layer.weight.detach().cpu()
-    else:
-        rule = "be a torch.nn.Linear, NF4Linear or Conv1D"
-        _checks.reject(TypeError, op, name, rule, type(layer).__name__)
-    return Base(weight, _NO_TABLES, (weight.shape[0], weight.shape[1]))
+        return Base(w.packed, tables, shape, w.blocksize)
+    weight = layer.get_parameter("weight").detach().cpu()
+    return Base(weight.t().contiguous() if is_conv1d(layer) else weight, _NO_TABLES, shape)
 
 
 def base_of_graph(op: str, graph: AdapterInputs, name: str) -> Base:

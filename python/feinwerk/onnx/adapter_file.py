@@ -25,9 +25,16 @@ import torch
 from torch import nn
 
 from feinwerk import _checks
-from feinwerk.nn import DoRALinear, LoRALinear, adapters_of
+from feinwerk.nn import LoRAEmbedding, LoRALinear, adapters_of
 from feinwerk.nn.adapter_file import read_files
-from feinwerk.onnx.adapter_base import Base, base_of_graph, base_of_module
+from feinwerk.nn.dora import DoRA
+from feinwerk.onnx.adapter_base import (
+    Base,
+    base_of_graph,
+    base_of_module,
+    layer_of_module,
+    sizes_of_module,
+)
 from feinwerk.onnx.adapter_inputs import GAIN, PARTS, AdapterInputs, read_inputs
 
 _OP = "save_adapter"
@@ -70,11 +77,10 @@ def save_adapter(
 
     Raises:
         ImportError: if onnxruntime, safetensors or (for a file as `model`) onnx is not installed.
-        ValueError: if the adapter has a part that has no place in the file (lora_bias, an
-            embedding or a convolution, an init that has changed the base), DoRA has no `model`, or
-            a name or shape does not fit `model`; the message names the first. Nothing is written
-            then.
-        TypeError: if `model` is a torch model and a layer of it is no linear layer.
+        ValueError: if the adapter has a part that has no place in the file (lora_bias, a
+            convolution, an init that has changed the base), DoRA has no `model`, or a name or shape
+            does not fit `model`; the message names the first. Nothing is written then.
+        TypeError: if `model` is a torch model and a layer is neither linear nor an embedding.
 
     Source:
         ONNX Runtime 1.32, onnxruntime.AdapterFormat; DoRA (arXiv 2402.09353), equation 5.
@@ -97,10 +103,13 @@ def save_adapter(
     for name, layer in layers.items():
         if graph is not None:
             _check_shapes(name, layer, graph)
-        base = _base(name, layer, model, graph)
+        if isinstance(model, nn.Module):
+            _check_sizes(name, layer, sizes_of_module(layer_of_module(_OP, model, name)))
+    for name, layer in layers.items():
         if layer.magnitude is not None and layer.gain is None:
-            assert base is not None
-            layers[name] = _with_gain(layer, base)
+            norm = _base(name, layer, model, graph).weight_norm(layer.A, layer.B, layer.scaling)
+            gain = _gain(layer.magnitude, norm)
+            layers[name] = _Layer(layer.A, layer.B, layer.scaling, layer.magnitude, gain)
     values = {
         name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
         for name, tensor in _tensors(layers, graph).items()
@@ -116,8 +125,8 @@ def save_adapter(
 def _of_model(model: nn.Module) -> dict[str, _Layer]:
     layers = {}
     for name, adapter in adapters_of(model).items():
-        if not name or not isinstance(adapter, LoRALinear):
-            rule = "be an adapter of a linear layer inside a model"
+        if not name or not isinstance(adapter, LoRALinear | LoRAEmbedding):
+            rule = "be an adapter of a linear layer or an embedding inside a model"
             _checks.reject(ValueError, _OP, repr(name), rule, type(adapter).__name__)
         if adapter.merged:
             _checks.reject(ValueError, _OP, name, "be unmerged", "merged")
@@ -125,9 +134,8 @@ def _of_model(model: nn.Module) -> dict[str, _Layer]:
             _checks.reject(ValueError, _OP, name, "have no lora_bias", "lora_bias=True")
         layers[name] = _Layer(
             _fp32(adapter.lora_A), _fp32(adapter.lora_B), float(adapter.scaling),
-            _fp32(adapter.magnitude) if isinstance(adapter, DoRALinear) else None,
-            _gain(adapter.magnitude, adapter.weight_norm())
-            if isinstance(adapter, DoRALinear) else None,
+            _fp32(adapter.magnitude) if isinstance(adapter, DoRA) else None,
+            _gain(adapter.magnitude, adapter.weight_norm()) if isinstance(adapter, DoRA) else None,
         )  # fmt: skip
     if not layers:
         rule = "contain Feinwerk's adapters (save PEFT's by save_pretrained and name the folder)"
@@ -136,16 +144,10 @@ def _of_model(model: nn.Module) -> dict[str, _Layer]:
 
 
 def _of_folder(folder: Path) -> dict[str, _Layer]:
-    from safetensors import safe_open
-
     _, init, found, options = read_files(_OP, folder)
     if init != "default":
         rule = "leave the base as it is: save the adapter relative to the original base first"
         _checks.reject(ValueError, _OP, "init_lora_weights", rule, repr(init))
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-            if "lora_embedding_" in key:
-                _checks.reject(ValueError, _OP, key, "belong to a linear layer", "an embedding")
     layers = {}
     for name, parts in found.items():
         A, B, r = parts["lora_A"], parts["lora_B"], options[name]["r"]
@@ -155,7 +157,7 @@ def _of_folder(folder: Path) -> dict[str, _Layer]:
                 got = f"shape {tuple(parts[part].shape)}"
                 _checks.reject(ValueError, _OP, f"{name}.{part}", rule, got)
         if A.dim() != 2 or B.dim() != 2 or len(A) != r or B.shape[1] != r:
-            rule = f"be [{r}, K] and [N, {r}], the factors of a linear layer"
+            rule = f"be [{r}, K] and [N, {r}], of a linear layer or an embedding"
             got = f"{tuple(A.shape)} and {tuple(B.shape)}"
             _checks.reject(ValueError, _OP, f"{name}.lora_A and lora_B", rule, got)
         magnitude = parts.get("magnitude")
@@ -180,30 +182,29 @@ def _gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     return torch.where(norm > 0, magnitude.detach().float() / norm, 0.0).cpu()
 
 
-def _with_gain(layer: _Layer, base: Base) -> _Layer:
-    assert layer.magnitude is not None
-    norm = base.weight_norm(layer.A, layer.B, layer.scaling)
-    return _Layer(layer.A, layer.B, layer.scaling, gain=_gain(layer.magnitude, norm))
-
-
 def _base(
     name: str, layer: _Layer, model: str | Path | nn.Module | None, graph: AdapterInputs | None
-) -> Base | None:
-    """The weight below the layer, where DoRA's norm or a check of its shape asks for it."""
-    N, K = len(layer.B), layer.A.shape[1]
-    missing_norm = layer.magnitude is not None and layer.gain is None
+) -> Base:
+    """The weight below a layer of a folder's DoRA."""
     if isinstance(model, nn.Module):
-        base = base_of_module(_OP, model, name)
-    elif graph is not None and missing_norm:
-        base = base_of_graph(_OP, graph, name)
-    elif missing_norm:
+        module = layer_of_module(_OP, model, name)
+        if not isinstance(module, nn.Embedding):
+            return base_of_module(module)
+        rule = "be no embedding's: load the folder by feinwerk.nn.load_adapter, save the model"
+        _checks.reject(ValueError, _OP, f"{name}.magnitude", rule, type(module).__name__)
+    if graph is None:
         rule = "be given for DoRA: the gain is magnitude / ||W + scaling B A||"
         _checks.reject(ValueError, _OP, "model", rule, f"None, and {name} has a magnitude")
-    else:
-        return None
-    if base.shape != (N, K):
-        _checks.reject(ValueError, _OP, name, f"have weight [{N}, {K}]", f"{list(base.shape)}")
+    base = base_of_graph(_OP, graph, name)
+    _check_sizes(name, layer, base.shape)
     return base
+
+
+def _check_sizes(name: str, layer: _Layer, sizes: tuple[int, int]) -> None:
+    got = (len(layer.B), layer.A.shape[1])
+    if got != sizes:
+        rule = f"have N = {sizes[0]} and K = {sizes[1]} as in the model"
+        _checks.reject(ValueError, _OP, name, rule, f"N = {got[0]} and K = {got[1]}")
 
 
 def _check_names(layers: dict[str, _Layer], graph: AdapterInputs) -> None:
