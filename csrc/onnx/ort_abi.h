@@ -121,13 +121,15 @@ inline constexpr Entry<90, OrtStatus*(const OrtKernelContext*, size_t index, con
 inline constexpr Entry<91, OrtStatus*(OrtKernelContext*, size_t index, const int64_t* dims, size_t count, OrtValue** out)> KernelContext_GetOutput;
 inline constexpr Entry<93, void(OrtStatus*)> ReleaseStatus;
 inline constexpr Entry<99, void(OrtTensorTypeAndShapeInfo*)> ReleaseTensorTypeAndShapeInfo;
+inline constexpr Entry<130, OrtStatus*(OrtSessionOptions*, const char* key, const char* value)> AddSessionConfigEntry;
 inline constexpr Entry<162, OrtStatus*(const OrtKernelInfo*, const char* name, float* out, size_t* size)> KernelInfoGetAttributeArray_float;
 inline constexpr Entry<163, OrtStatus*(const OrtKernelInfo*, const char* name, int64_t* out, size_t* size)> KernelInfoGetAttributeArray_int64;
 inline constexpr Entry<230, OrtStatus*(const OrtKernelInfo*, size_t* out)> KernelInfo_GetInputCount;
 inline constexpr Entry<232, OrtStatus*(const OrtKernelInfo*, size_t index, char* out, size_t* size)> KernelInfo_GetInputName;
+inline constexpr Entry<237, OrtStatus*(const OrtSessionOptions*, const char* key, int32_t* out)> HasSessionConfigEntry;
 inline constexpr Entry<249, OrtStatus*(const OrtKernelInfo*, size_t index, int32_t* is_constant, const OrtValue** out)> KernelInfoGetConstantInput_tensor;
-inline constexpr Entry<268, OrtStatus*(const OrtShapeInferContext*, size_t index, OrtTensorTypeAndShapeInfo** out)> ShapeInferContext_GetInputTypeShape;
 inline constexpr Entry<267, OrtStatus*(const OrtShapeInferContext*, size_t* out)> ShapeInferContext_GetInputCount;
+inline constexpr Entry<268, OrtStatus*(const OrtShapeInferContext*, size_t index, OrtTensorTypeAndShapeInfo** out)> ShapeInferContext_GetInputTypeShape;
 inline constexpr Entry<269, OrtStatus*(const OrtShapeInferContext*, const char* name, const OrtOpAttr** out)> ShapeInferContext_GetAttribute;
 inline constexpr Entry<270, OrtStatus*(const OrtShapeInferContext*, size_t index, const OrtTensorTypeAndShapeInfo*)> ShapeInferContext_SetOutputTypeShape;
 inline constexpr Entry<271, OrtStatus*(OrtTensorTypeAndShapeInfo*, const char** names, size_t count)> SetSymbolicDimensions;

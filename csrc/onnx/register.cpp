@@ -80,7 +80,13 @@ extern "C" FEINWERK_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
     // An unknown FEINWERK_ISA is said here, not in the middle of a run.
     const char* isa = nullptr;
     onnx::require(feinwerk_active_isa(&isa));
+    // A domain may be added once; the options themselves remember it, and so do their copies.
+    constexpr const char* kMark = "feinwerk.registered";
+    int32_t registered = 0;
+    onnx::require(api, ort::HasSessionConfigEntry(api, options, kMark, &registered));
+    if (registered) return;
     OrtCustomOpDomain* const domain = onnx::domain_of(api, base->get_version());
     onnx::require(api, ort::AddCustomOpDomain(api, options, domain));
+    onnx::require(api, ort::AddSessionConfigEntry(api, options, kMark, "1"));
   });
 }
