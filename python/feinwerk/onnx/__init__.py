@@ -7,10 +7,17 @@ registering the library needs neither onnx nor a tracing exporter.
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import Any
 
 # Public name -> the module of this package that defines it.
 _HOMES = {
+    "AdapterRoom": "export_layers",
+    "ExportReport": "export_report",
+    "export": "export",
+    "export_causal_lm": "causal_lm",
+    "generate": "generation",
     "load_adapter": "adapter_session",
     "library_path": "library",
     "register": "library",
@@ -26,6 +33,18 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+class _Package(types.ModuleType):
+    """This package: the modules export and generate do not hide the functions of their names."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Leave out what the import of a submodule would set."""
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
