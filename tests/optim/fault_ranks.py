@@ -7,7 +7,6 @@ afford a fresh set of them for each fault.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import pickle
 import signal
@@ -20,8 +19,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# The last one is what torch imports for the first optimizer of a process.
-_PRELOAD = ["torch", "torch.distributed", "feinwerk.optim", "feinwerk.distributed", "torch._dynamo"]
+from tests.optim.processes import server
 
 
 @dataclass
@@ -63,8 +61,7 @@ def run_to_the_end(
         limit: seconds after which a rank is stuck; none is left running.
         stopped: ranks that stop themselves: nobody waits for them.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = server()
     endings = [Ending() for _ in range(world_size)]
     with tempfile.TemporaryDirectory() as folder:
         waiting: dict[Connection, int] = {}

@@ -1,7 +1,12 @@
-"""run_ranks: runs a function on several ranks over gloo, in processes that cannot hang a test."""
+"""run_ranks: runs a function on several ranks over gloo, in processes that cannot hang a test.
+
+Ranks are forked from a server process that has imported what most of them need: importing it takes
+a rank longer than most of what it is there for.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -10,13 +15,27 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 _GRACE = 5.0  # seconds that the other ranks have to say what happened to them
+
+
+# torch imports torch._dynamo for the first optimizer of a process.
+_PRELOAD = [
+    "torch", "torch.distributed", "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp", "torch._dynamo", "feinwerk.optim", "feinwerk.distributed",
+]  # fmt: skip
+
+
+def server() -> ForkServerContext:
+    """The context whose processes are forked from the server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def run_ranks(
@@ -28,7 +47,7 @@ def run_ranks(
     gloo's on this machine. An exception in a rank is raised here with its traceback; so is a rank
     that dies or has not returned after `timeout` seconds. No process outlives the call.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context = server()
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = {}, []
         for rank in range(world_size):
