@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._device import _device_constructors
 
 
 @contextlib.contextmanager
@@ -19,6 +20,7 @@ def poisoned() -> Iterator[None]:
         >>> with poisoned():
         ...     pass
     """
+    _device_constructors()  # what torch.device has to wrap; found once, before it is ours
     with contextlib.ExitStack() as stack:
         for name in ("empty", "empty_like"):
             patched = _filling(getattr(torch, name))
