@@ -54,9 +54,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime")
 
 
+def without_backend(item: pytest.Item) -> str:
+    """Name what a test checks, whichever backend it runs on."""
+    callspec = getattr(item, "callspec", None)
+    backend = "" if callspec is None else callspec.params.get("backend", "")
+    return item.nodeid.replace(backend, "", 1)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave to the interpreter's process the tests of kernels; the others have run without it."""
+    """Run a case on all backends in a row, so that caches of its truth are met; choose tests.
+
+    The interpreter's process has the tests of kernels; the others have run without it.
+    """
+    place: dict[str, int] = {}
+    items.sort(key=lambda item: place.setdefault(without_backend(item), len(place)))
     if _library.interpreting():
         from tests import interpreted_tests
 

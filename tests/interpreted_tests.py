@@ -40,10 +40,12 @@ def choose(items: list[pytest.Item]) -> tuple[list[pytest.Item], list[pytest.Ite
             continue
         kept.append(item)
         every = item.path.name == "test_triton_offsets.py"  # an op each, not variants
-        if not every and item.get_closest_marker("full") is None:
+        if not every:
             by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for name, variants in by_function.items():
-        count = 0 if any(part in name for part in LONG) else min(VARIANTS, len(variants))
+        full = all(item.get_closest_marker("full") for item in variants)
+        long = full or any(part in name for part in LONG)
+        count = 0 if long else min(VARIANTS, len(variants))
         drawn = random.Random(name).sample(variants, min(count + FULL_VARIANTS, len(variants)))
         for item in drawn[count:]:
             item.add_marker(pytest.mark.full)

@@ -330,10 +330,10 @@ def test_any_sizes(
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_full_matrix(backend: str, dtype: torch.dtype, base: str) -> None:
-    for N, K, r in ((1, 4097, 2), (127, 129, 64), (257, 1024, 16), (577, 512, 31), (2048, 96, 8)):
-        for rows in (1, 2, 3, 4, 7, 8, 16, 31, 32, 63, 130):
-            for dropout_p in (0.0, 0.05):
-                dora(
-                    N, K, rows, r, dtype=dtype, adapter_dtype=torch.bfloat16, base=base,
-                    bias=dtype, dropout_p=dropout_p,
-                ).check()  # fmt: skip
+    shapes = ((1, 4097, 2), (127, 129, 64), (257, 1024, 16), (577, 512, 31), (2048, 96, 8))
+    numbers = (1, 2, 3, 4, 7, 8, 16, 31, 32, 63, 130)
+    for (N, K, r), rows, dropout_p in some(itertools.product(shapes, numbers, (0.0, 0.05)), 6):
+        dora(
+            N, K, rows, r, dtype=dtype, adapter_dtype=torch.bfloat16, base=base,
+            bias=dtype, dropout_p=dropout_p,
+        ).check()  # fmt: skip

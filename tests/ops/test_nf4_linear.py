@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -11,10 +12,31 @@ from hypothesis import strategies as st
 
 from feinwerk import nf4_linear, testing
 from feinwerk.codebook import BLOCKSIZES
-from feinwerk.testing import assert_same_bits, assert_within_budget, make_weight, make_x
+from feinwerk.testing import (
+    assert_same_bits,
+    assert_within,
+    assert_within_budget,
+    linear_budget,
+    make_weight,
+    make_x,
+)
 from feinwerk.testing.interpreted import some
 
 OP = torch.ops.feinwerk.nf4_linear.default
+
+
+@functools.lru_cache(maxsize=512)  # the backends follow each other
+def given_and_wanted(
+    weight: testing.WeightCase,
+    rows: int,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    compute: str,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    x = make_x((rows, weight.K), dtype, seed=rows)
+    bias = None if bias_dtype is None else make_x((weight.N,), bias_dtype, seed=7)
+    scales = weight.scales() if compute == "int8" else None
+    return x, bias, *linear_budget(x, weight.dense(dtype), bias, scales=scales)
 
 
 def check(
@@ -24,11 +46,8 @@ def check(
     bias_dtype: torch.dtype | None = None,
     compute: str = "exact",
 ) -> None:
-    x = make_x((rows, weight.K), dtype, seed=rows)
-    bias = None if bias_dtype is None else make_x((weight.N,), bias_dtype, seed=7)
-    scales = weight.scales() if compute == "int8" else None
-    y = weight.linear(x, bias, compute=compute)
-    assert_within_budget(y, x, weight.dense(dtype), bias, scales=scales)
+    x, bias, truth, budget = given_and_wanted(weight, rows, dtype, bias_dtype, compute)
+    assert_within(weight.linear(x, bias, compute=compute), truth, budget, dtype)
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
@@ -165,13 +184,13 @@ def test_any_sizes(
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("blocksize", [32, 64, 512, 4096])
 def test_full_matrix(backend: str, dtype: torch.dtype, blocksize: int) -> None:
-    for N, K in ((1, 4097), (127, 129), (257, 1024), (512, 577), (96, 2048)):
-        for double_quant in (False, True):
-            weight = make_weight(N, K, blocksize=blocksize, double_quant=double_quant)
-            for rows in (1, 2, 3, 4, 6, 7, 8, 9, 15, 16, 17, 31, 32, 63, 65, 130):
-                check(weight, rows, dtype, dtype)
-                if rows < 20:
-                    check(weight, rows, dtype, compute="int8")
+    shapes = ((1, 4097), (127, 129), (257, 1024), (512, 577), (96, 2048))
+    numbers = (1, 2, 3, 4, 6, 7, 8, 9, 15, 16, 17, 31, 32, 63, 65, 130)
+    for (N, K), double_quant, rows in some(itertools.product(shapes, (False, True), numbers), 8):
+        weight = make_weight(N, K, blocksize=blocksize, double_quant=double_quant)
+        check(weight, rows, dtype, dtype)
+        if rows < 20:
+            check(weight, rows, dtype, compute="int8")
 
 
 def test_opcheck(backend: str) -> None:
