@@ -83,19 +83,20 @@ build: $(STAMPS)/package
 quickstart: build
 	@$(BIN)/feinwerk quickstart $(ARGS)
 
-# Then the Triton kernels in Triton's interpreter, which wants a process of its own. ARGS that name
-# tests are for the first process; exit code 5 says that the second has none of them.
-INTERPRET = TRITON_INTERPRET=1 $(PY) -m pytest -p no:cacheprovider
+# The Triton kernels in Triton's interpreter, which wants a process of its own. One thread: its
+# matrices are smaller than what OpenBLAS's threads cost. More than an hour is a failure.
+INTERPRET = TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 timeout 3600 $(PY) -m pytest -p no:cacheprovider
 
-# The interpreter's tests run beside the others, in a process of their own, and report after them;
-# status 5 says that ARGS left none of them.
+# The interpreter's tests run beside the others and report after them, line by line where they take
+# longer; status 5 says that ARGS left none of them.
 define pytest-and-interpreter
 @mkdir -p build; \
 $(INTERPRET) $(1) $(ARGS) > build/interpreter.log 2>&1 & \
 child=$$!; \
 $(PY) -m pytest $(1) $(ARGS); outer=$$?; \
+echo "Triton's interpreter:"; tail -n +1 -f --pid=$$child build/interpreter.log; \
 wait $$child; inner=$$?; \
-echo "Triton's interpreter:"; cat build/interpreter.log; \
+[ $$inner = 124 ] && echo "Triton's interpreter was ended after 3600 s"; \
 [ $$inner = 5 ] && inner=0; \
 [ $$outer = 0 ] && [ $$inner = 0 ]
 endef
