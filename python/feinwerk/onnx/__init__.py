@@ -15,7 +15,7 @@ from typing import Any
 _HOMES = {
     "AdapterRoom": "export_layers",
     "ExportReport": "export_report",
-    "export": "export",
+    "export": "export_model",
     "export_causal_lm": "causal_lm",
     "generate": "generation",
     "load_adapter": "adapter_session",

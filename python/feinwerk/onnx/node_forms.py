@@ -64,8 +64,9 @@ class Node:
     @property
     def dtype(self) -> int:
         """The element type of x or of the rows."""
-        value = self.input("x") or self.input("rows") or self.node.outputs[0]
-        return int(value.dtype)
+        if self.kind == "NF4Embedding":
+            return self.size("to")
+        return int((self.input("x") or self.input("rows")).dtype)
 
     @property
     def nested(self) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from feinwerk.nn.places import Place
+from feinwerk.nn import DoRAConv
+from feinwerk.nn.places import Place, places_of
 from feinwerk.onnx.export_layers import ExportLayer
 from feinwerk.weight import NF4Weight
 
@@ -122,6 +123,29 @@ class StandIn(nn.Module):
         return self._node(LORA_EMBEDDING, inputs, rows.dtype, rows.shape[-1], indices.shape)
 
 
+class ConvStandIn(nn.Module):
+    """A DoRA convolution in plain torch, its gain computed ahead: a constant of the file."""
+
+    gain: torch.Tensor
+
+    def __init__(self, layer: DoRAConv) -> None:
+        """Compute the gain."""
+        super().__init__()
+        self.layer = layer
+        sizes = (-1, *(1,) * (layer.lora_A.dim() - 2))
+        with torch.no_grad():
+            self.register_buffer("gain", layer._gain().view(sizes), persistent=False)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return gain * (conv(x, W) + addition(x)) + bias."""
+        y: torch.Tensor = self.layer.base_layer(x)
+        bias = self.layer.bias
+        product = y if bias is None else y - bias.view(self.gain.shape)
+        sum_ = y + (self.gain - 1) * product + self.gain * self.layer._addition(x)
+        return sum_.to(y.dtype)
+
+
 @contextmanager
 def standing_in(
     model: nn.Module, layers: Sequence[tuple[Place, ExportLayer]]
@@ -130,7 +154,16 @@ def standing_in(
     made: dict[int, StandIn] = {}
     flat: dict[int, torch.Tensor] = {}
     replaced: list[tuple[Place, nn.Module]] = []
+    convolutions = [
+        place for place in places_of(model)
+        if isinstance(place.module, DoRAConv) and not place.module._bare
+    ]  # fmt: skip
     try:
+        for place in convolutions:
+            module = place.module
+            assert isinstance(module, DoRAConv)
+            replaced.append((place, module))
+            place.parent._modules[place.attribute] = ConvStandIn(module)
         for place, layer in layers:
             if id(layer) not in made:
                 made[id(layer)] = StandIn(layer, flat)

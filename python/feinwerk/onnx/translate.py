@@ -6,6 +6,7 @@ the model gives them, and an adapter among them stays what it is in the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,15 +62,22 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
+def _standard() -> Any:
+    """The standard operators, as onnxscript calls them."""
+    from onnxscript import opset18
+
+    return opset18
+
+
 def _like(value: Any, x: Any) -> Any:
     """The value in x's dtype."""
-    from onnxscript import opset18 as op
+    op = _standard()
 
     return value if value is None or value.dtype == x.dtype else op.CastLike(value, x)
 
 
 def _float(value: Any) -> Any:
-    from onnxscript import opset18 as op
+    op = _standard()
 
     return value if int(value.dtype) == 1 else op.Cast(value, to=1)
 
@@ -107,7 +115,7 @@ def _nf4_embedding(
     blocksize: int = 64,
     dtype: int = 1,
 ) -> Any:
-    from onnxscript import opset18 as op
+    op = _standard()
 
     return _node("NF4Embedding")(
         op.Cast(indices, to=7), packed, absmax, nested_absmax, nested_codebook, nested_offset,
@@ -127,9 +135,7 @@ def _nf4_dequantize(
     dtype: int = 1,
 ) -> Any:
     """All rows of a table of one row, reshaped: the library needs no operator more."""
-    import math
-
-    from onnxscript import opset18 as op
+    op = _standard()
 
     sizes = [int(size) for size in shape]
     row = op.Constant(value_ints=[0])
@@ -161,7 +167,7 @@ def _lora_linear(
     blocksize: int = 64,
     compute: str = "exact",
 ) -> Any:
-    from onnxscript import opset18 as op
+    op = _standard()
 
     if len(lora_A) != 1 or segments is not None:
         rule = "have one adapter in a traced call (export the layers, not grouped_lora_linear)"

@@ -1,10 +1,12 @@
-"""export: a torch module with Feinwerk's or PEFT's layers to an ONNX file, NF4 bytes as they are."""
+"""export: a torch module with Feinwerk's or PEFT's layers to ONNX, the NF4 bytes as they are."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from feinwerk.onnx.export_layers import OP, AdapterRoom, ExportLayer, layers_of,
 from feinwerk.onnx.export_report import ExportReport, NodeReport
 from feinwerk.onnx.graph_finish import Finished, finish
 from feinwerk.onnx.stand_ins import StandIn, standing_in
+from feinwerk.onnx.translate import translation_table
 
 OPS = ("feinwerk", "contrib", "portable")
 # Protobuf's limit is 2 GB a file; the graph itself needs some of it.
@@ -65,7 +68,8 @@ def export(
             `<layer>.lora_A`, `.lora_B`, `.scaling` and, with DoRA, `.gain`; "constants" keeps them
             fixed in the file; an `AdapterRoom` adds inputs to layers that have no adapter.
         dynamic_shapes: as for torch.onnx.export. By default every dimension of a tensor but the
-            last of a floating one is dynamic, named "batch", "sequence", ...
+            last of a floating one is dynamic, named "batch", "sequence", ...; of tensors with four
+            dimensions or more the first, and of the others what the trace leaves open.
         input_names: of the graph's inputs, without the adapters'.
         output_names: of its outputs.
         kwargs: keyword inputs.
@@ -157,16 +161,30 @@ def _trace(
     output_names: Sequence[str] | None,
     opset_version: int,
 ) -> Any:
-    from feinwerk.onnx.translate import translation_table
-
     if dynamic_shapes is None:
-        dynamic_shapes = default_dynamic_shapes(args, kwargs)
-    with torch.no_grad(), _quiet():
+        dynamic_shapes = default_dynamic_shapes(model, args, kwargs)
+    with torch.no_grad(), _quiet(), _naming_unknown_ops():
         return torch.onnx.export(
             model, args, kwargs=kwargs or None, dynamo=True, verbose=False,
             dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names,
             opset_version=opset_version, custom_translation_table=translation_table(),
         )  # fmt: skip
+
+
+@contextmanager
+def _naming_unknown_ops() -> Iterator[None]:
+    """Say which of our operations in a user's own forward has no ONNX form."""
+    try:
+        yield
+    except Exception as error:
+        known = ", ".join(str(op) for op in translation_table())
+        unknown = re.search(
+            r"No ONNX function found for <OpOverload\(op='(feinwerk\.\w+)'", str(error)
+        )
+        if unknown is None:
+            raise
+        rule = f"call only {known} outside of Feinwerk's layers"
+        _checks.reject(NotImplementedError, OP, "model", rule, unknown[1])
 
 
 @contextmanager
@@ -184,12 +202,13 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def default_dynamic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def default_dynamic_shapes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return dynamic_shapes in which all but the last dimension of floating tensors is dynamic.
 
     Dimensions at the same place with the same example size have the same name.
 
     Args:
+        model: whose forward names the inputs.
         args: positional inputs.
         kwargs: keyword inputs.
 
@@ -200,6 +219,9 @@ def default_dynamic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
 
     def of(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
+            if value.dim() > 3:  # an image, say: its channels and perhaps more are fixed
+                rest = {i: torch.export.Dim.AUTO for i in range(1, value.dim())}
+                return {0: _dimension(names, 0, value.shape[0]), **rest}
             last = value.dim() - (1 if value.is_floating_point() else 0)
             return {i: _dimension(names, i, value.shape[i]) for i in range(last)}
         if isinstance(value, Mapping):
@@ -211,11 +233,9 @@ def default_dynamic_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     positional = tuple(of(value) for value in args)
     if not kwargs:
         return positional
-    raise_names = [f"{key}" for key in kwargs]
-    return {
-        **{f"*{i}": shape for i, shape in enumerate(positional)},
-        **{k: of(kwargs[k]) for k in raise_names},
-    }
+    names_of = list(inspect.signature(model.forward).parameters)[: len(args)]
+    by_name = dict(zip(names_of, positional, strict=True))
+    return {**by_name, **{name: of(value) for name, value in kwargs.items()}}
 
 
 def _dimension(names: dict[tuple[int, int], str], place: int, size: int) -> str:
