@@ -114,7 +114,8 @@ def base_of_graph(op: str, graph: AdapterInputs, name: str) -> Base:
             if node.op_type == "LoraLinear":
                 weight = _tensor(op, graph, name, node.input[1])
                 return Base(weight, _NO_TABLES, (weight.shape[0], weight.shape[1]))
-    rule = 'name a graph exported with ops="feinwerk" (or give the torch model): DoRA needs W'
+    rule = 'name a graph of ops="feinwerk" for a folder with DoRA, which needs W (or load the '
+    rule += "folder by feinwerk.nn.load_adapter, and save that model)"
     got = f"no NF4LoraLinear or LoraLinear that takes {name}.lora_A"
     _checks.reject(ValueError, op, "model", rule, got)
 
