@@ -235,6 +235,21 @@ def test_binding_includes(path: Path) -> None:
         assert not header.startswith(f"{other}/"), include
 
 
+# What the operators for ONNX Runtime need beside standard C++: the CPUs that a process may use.
+SYSTEM_HEADERS = {"sched.h"}
+
+
+@pytest.mark.parametrize("path", c_files("onnx"), ids=name_of)
+def test_onnx_includes(path: Path) -> None:
+    for include in includes(path):
+        header = include[1:-1]
+        if include.startswith('"'):
+            assert header == "feinwerk/feinwerk.h" or header.startswith("onnx/"), include
+        else:
+            standard = re.fullmatch(r"[a-z_]+", header)
+            assert standard or header in SYSTEM_HEADERS, include
+
+
 @pytest.mark.parametrize("path", sources(*SOURCE_SUFFIXES), ids=name_of)
 def test_every_file_is_short_and_says_what_it_is(path: Path) -> None:
     text = path.read_text()
