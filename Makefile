@@ -155,4 +155,4 @@ wheel-smoke: wheel
 
 clean:
 	@rm -rf build dist python/feinwerk.egg-info
-	@rm -f python/feinwerk/_C*.so
+	@rm -f python/feinwerk/_C*.so python/feinwerk/onnx/libfeinwerk_onnx.so

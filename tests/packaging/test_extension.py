@@ -1,4 +1,4 @@
-"""The built extension beside torch: what it needs, what it shows, and how it loads."""
+"""The built extension and library: what they need, what they show, and how they load."""
 
 import re
 import shutil
@@ -10,6 +10,7 @@ import pytest
 
 import feinwerk
 
+LIBRARY = Path(feinwerk.__file__).parent / "onnx" / "libfeinwerk_onnx.so"
 MODULES = sorted(Path(feinwerk.__file__).parent.glob("_C*.so"))
 
 
@@ -29,14 +30,24 @@ def tool(*command: object) -> str:
     ).stdout
 
 
-def test_it_needs_the_c_library_only(module: Path) -> None:
+@pytest.fixture
+def library(module: Path) -> Path:
+    assert LIBRARY.is_file(), "built together with the module"
+    return LIBRARY
+
+
+@pytest.mark.parametrize("built", ["module", "library"])
+def test_it_needs_the_c_library_only(built: str, request: pytest.FixtureRequest) -> None:
+    module = request.getfixturevalue(built)
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", tool("readelf", "-d", module)))
     system = {"libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0"}
     assert {name for name in needed if not name.startswith("ld-linux")} <= system
     assert "RUNPATH" not in tool("readelf", "-d", module)
 
 
-def test_it_asks_for_no_cxx_or_openmp_symbol(module: Path) -> None:
+@pytest.mark.parametrize("built", ["module", "library"])
+def test_it_asks_for_no_cxx_or_openmp_symbol(built: str, request: pytest.FixtureRequest) -> None:
+    module = request.getfixturevalue(built)
     # _ZGTt*: weak hooks of transactional memory in the C++ run time, bound to nothing.
     undefined = tool("nm", "-D", "--undefined-only", module).replace("_ZGTt", "")
     assert not re.findall(r"\S*(?:GLIBCXX|CXXABI|GOMP|OMP)\S*|\b_Z\S+", undefined)
@@ -47,6 +58,25 @@ def test_it_exports_its_init_function_and_the_c_abi_only(module: Path) -> None:
     names = {line.split()[-1].partition("@")[0] for line in lines}
     assert "PyInit__C" in names
     assert {name for name in names if not name.startswith("feinwerk_")} == {"PyInit__C"}
+
+
+def test_the_library_exports_one_function_and_knows_no_python(library: Path) -> None:
+    lines = tool("nm", "-D", "--defined-only", library).splitlines()
+    assert {line.split()[-1].partition("@")[0] for line in lines} == {"RegisterCustomOps"}
+    undefined = tool("nm", "-D", "--undefined-only", library)
+    assert not re.findall(r"\b(?:Py|_Py|Ort|c10|at)\w*", undefined)
+    # Sessions refer to what it has registered.
+    assert "NODELETE" in tool("readelf", "-d", library)
+
+
+def test_without_a_native_part_the_library_is_missed_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from feinwerk.onnx import library as home
+
+    monkeypatch.setattr(home, "__file__", str(tmp_path / "library.py"))
+    with pytest.raises(RuntimeError, match=r"library_path: libfeinwerk_onnx.so must be built, got"):
+        home.library_path()
 
 
 LOAD = """

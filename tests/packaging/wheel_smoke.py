@@ -38,6 +38,8 @@ for isa in _native.isas():
 warnings.simplefilter("default")  # torch's compiler warns about itself
 compiled = torch.compile(lambda x: weight.linear(x), backend="aot_eager", fullgraph=True)
 torch.testing.assert_close(compiled(x), y, atol=0.5, rtol=0.05)
+import ctypes, feinwerk.onnx  # needs no onnxruntime to find the library, nor the library to load
+assert ctypes.CDLL(feinwerk.onnx.library_path()).RegisterCustomOps
 print(f"torch {torch.__version__}, feinwerk {feinwerk.__version__}, "
       f"instruction sets {' '.join(_native.isas())}, {_native.openmp()}")
 backends.describe()
@@ -45,11 +47,12 @@ backends.describe()
 
 
 def check_contents(wheel: Path) -> None:
-    """The wheel holds the package, one extension and no shared library beside it."""
+    """The wheel holds the package, its extension, its custom-op library and no other library."""
     names = zipfile.ZipFile(wheel).namelist()
-    libraries = [name for name in names if ".so" in name]
-    assert len(libraries) == 1, libraries
+    libraries = sorted(name for name in names if ".so" in name)
+    assert len(libraries) == 2, libraries
     assert libraries[0].startswith("feinwerk/_C"), libraries
+    assert libraries[1] == "feinwerk/onnx/libfeinwerk_onnx.so", libraries
     for name in ("feinwerk/__init__.py", "feinwerk/py.typed", "feinwerk/_C.pyi"):
         assert name in names, f"{name} is not in the wheel"
     foreign = {name.split("/")[0] for name in names} - {"feinwerk"}
