@@ -87,6 +87,8 @@ class ExportLayer:
     def was(self) -> str:
         """The classes of the layer, for the report."""
         outer, inner = type(self.module).__name__, type(self.base).__name__
+        if not isinstance(self.module, Adapter | NF4Module) and self.module is not self.base:
+            outer = f"lora.{outer}"  # PEFT's own names are torch's
         return outer if self.module is self.base else f"{outer} over {inner}"
 
 

@@ -213,7 +213,7 @@ def default_dynamic_shapes(model: nn.Module, args: Sequence[Any], kwargs: Mappin
         kwargs: keyword inputs.
 
     Returns:
-        As torch.onnx.export takes them.
+        As torch.onnx.export takes them: by the names of forward's parameters.
     """
     names: dict[tuple[int, int], str] = {}
 
@@ -230,12 +230,8 @@ def default_dynamic_shapes(model: nn.Module, args: Sequence[Any], kwargs: Mappin
             return type(value)(of(one) for one in value)
         return None
 
-    positional = tuple(of(value) for value in args)
-    if not kwargs:
-        return positional
-    names_of = list(inspect.signature(model.forward).parameters)[: len(args)]
-    by_name = dict(zip(names_of, positional, strict=True))
-    return {**by_name, **{name: of(value) for name, value in kwargs.items()}}
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return {name: of(value) for name, value in bound.arguments.items()}
 
 
 def _dimension(names: dict[tuple[int, int], str], place: int, size: int) -> str:

@@ -47,17 +47,20 @@ def finish(model: Any, ops: str, adapters_are_inputs: bool) -> Finished:
     """
     graph = model.graph
     nodes = [Node(node) for node in graph if node.domain == DOMAIN]
-    used: Counter[str] = Counter()
+    calls: Counter[tuple[str, str]] = Counter()
     inputs: list[str] = []
     for node in nodes:
-        path = _take_path(node)
-        count = used[path, node.kind == "LoraEmbedding"]  # type: ignore[index]
-        used[path, node.kind == "LoraEmbedding"] += 1  # type: ignore[index]
-        node.node.name = (path or node.node.name) + (f"_{count}" if count else "")
-        if path:
-            _name_tensors(graph, node, path)
-            if adapters_are_inputs and node.input("lora_A") is not None:
-                inputs += _to_inputs(graph, node, path)
+        node.path = path = _take_path(node)
+        if not path:
+            continue
+        node.node.name = path if node.kind != "LoraEmbedding" else f"{path}.addition"
+        # A layer that is called again has nodes of the same tensors, told apart by a number.
+        count = calls[path, node.kind]
+        calls[path, node.kind] += 1
+        node.node.name += f"_{count}" if count else ""
+        _name_tensors(graph, node, path)
+        if adapters_are_inputs and node.input("lora_A") is not None:
+            inputs += _to_inputs(graph, node, path)
     reports = [_report(node, ops) for node in nodes]
     custom = [node for node in nodes if ops == "feinwerk" and node.kind not in STANDARD_ONLY]
     _rewrite(model, [node for node in nodes if node not in custom], ops)
@@ -138,7 +141,7 @@ def _report(node: Node, ops: str) -> NodeReport:
     elif ops == "contrib":
         why = why_not_contrib(node)
         became = "standard operators" if why else "com.microsoft::MatMulBnb4"
-    return NodeReport(node.node.name, node.kind, became, why)
+    return NodeReport(node.path or node.node.name, node.kind, became, why)
 
 
 def _rewrite(model: Any, nodes: list[Node], ops: str) -> None:

@@ -35,9 +35,10 @@ CONTRIB_BLOCKS = (32, 64, 128, 256)
 
 @dataclass
 class Node:
-    """One of Feinwerk's nodes, its inputs by name."""
+    """One of Feinwerk's nodes, its inputs by name; `path` is its layer's, or empty."""
 
     node: Any
+    path: str = ""
 
     @property
     def kind(self) -> str:
