@@ -7,11 +7,10 @@ registering the library needs neither onnx nor a tracing exporter.
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import Any
 
-# Public name -> the module of this package that defines it.
+# Public name -> the module of this package that defines it. No module is named as a function:
+# importing it would put the module in the function's place.
 _HOMES = {
     "AdapterRoom": "export_layers",
     "ExportReport": "export_report",
@@ -33,18 +32,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-class _Package(types.ModuleType):
-    """This package: the modules export and generate do not hide the functions of their names."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Leave out what the import of a submodule would set."""
-        if not (name in _HOMES and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
