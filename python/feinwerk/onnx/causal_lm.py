@@ -182,9 +182,11 @@ def _finish(path: Path, config: Any, facts: dict[str, Any]) -> None:
             opset,
         )
     )
-    domains = {entry.domain for entry in proto.opset_import}
-    if decoder_blocks.DOMAIN not in domains:
-        proto.opset_import.add(domain=decoder_blocks.DOMAIN, version=decoder_blocks.VERSION)
+    # A trace imports every domain it has met; the file only what it uses.
+    used = {"", *(node.domain for node in proto.graph.node)}
+    kept = [entry for entry in proto.opset_import if entry.domain in used]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
     entry = proto.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, json.dumps(facts)
     path.write_bytes(proto.SerializeToString())

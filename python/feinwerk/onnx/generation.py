@@ -162,6 +162,7 @@ def _session(session_or_path: Any) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{_OP}: session_or_path must be a file, got {str(path)!r}")
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # below, it names every input that has a default
     try:
         register(options)
     except RuntimeError as error:
