@@ -299,7 +299,7 @@ def nested_graphs() -> Iterator[Case]:
         first, second = make("NF4Linear", N=6, K=70), make("NF4Linear", N=9, K=6)
         parts = {f"{name}_2": value for name, value in second.inputs.items() if name != "x"}
         nodes = [node_of(first), node_of(second)]
-        nodes[0].output[0] = "between"
+        nodes[0].output[0], nodes[1].name = "between", "second"
         nodes[1].input[:] = ["between", *parts]
         both = first.but(**parts)
         session = session_of(model_of(both, nodes), library)

@@ -43,7 +43,7 @@ def attributes() -> Iterator[Case]:
         "one more": 7,
     }
     for op in ("NF4Linear", "NF4LoraLinear", "NF4Embedding"):
-        base = make(op, K=71).fixed()
+        base = make(op, K=71).fixed().declared("exact")
         for name in ("N", "K"):
             for what, value in values.items():
                 if (name, what) == ("K", "one more"):
@@ -79,6 +79,7 @@ def both(name: str, spec: Spec, *says: str) -> Iterator[Case]:
     """The case with its weights as initializers and as inputs of the run."""
     yield Case(f"{name}, constant", spec.fixed(), says)
     yield Case(f"{name}, at run time", spec, says)
+    yield Case(f"{name}, at run time, with shapes", spec.declared("exact"), says)
 
 
 def weights() -> Iterator[Case]:
@@ -161,7 +162,6 @@ def adapters() -> Iterator[Case]:
             ("gain", "one", torch.ones(1)),
             ("gain", "fp16", torch.ones(6).half()),
             ("bias", "short", torch.ones(5)),
-            ("bias", "empty", torch.ones(0)),
             ("bias", "a scalar", torch.ones(())),
             ("bias", "int32", torch.ones(6).int()),
         ):
@@ -183,7 +183,7 @@ def adapters() -> Iterator[Case]:
         "of another N": W[:-1],
         "fp16 beside fp32": W.half(),
     }.items():
-        says = r"\b(weight|x|lora_A|lora_B|N|K)\b"
+        says = r"\b(weight|x|lora_A|lora_B|N|K|no kernel def matches node inputs)\b"
         case = dense.but(weight=value)
         yield from both(f"LoraLinear: weight {what}", case, "LoraLinear", says)
 
@@ -203,6 +203,7 @@ def activations() -> Iterator[Case]:
             "with NaN and infinity": torch.stack([x[0] * float("nan"), x[1] * float("inf")]),
         }.items():
             yield Case(f"{op}: x {what}", base.but(x=value))
+            yield Case(f"{op}: x {what}, declared", base.but(x=value).declared("symbolic"))
         for what, value in {
             "a scalar": x[0, 0],
             "another K": x[:, :-1],
@@ -220,7 +221,9 @@ def activations() -> Iterator[Case]:
             yield Case(f"{op}: bias double", wide, (op, r"\bbias\b"))
         for name in ("fp16", "bf16"):
             dtype = torch.float16 if name == "fp16" else torch.bfloat16
-            yield Case(f"{op}: {name}", make(op, bias=True, dtype=dtype).fixed())
+            for shapes in ("open", "symbolic", "exact"):
+                typed = make(op, bias=True, dtype=dtype).fixed().declared(shapes)
+                yield Case(f"{op}: {name}, shapes {shapes}", typed)
 
 
 def embeddings() -> Iterator[Case]:
@@ -234,6 +237,8 @@ def embeddings() -> Iterator[Case]:
         "five dimensions": torch.full((1, 1, 2, 1, 1), 5),
     }.items():
         yield Case(f"NF4Embedding: indices {what}", base.but(indices=value))
+        known = base.having(to=TensorProto.FLOAT16).but(indices=value).declared("exact")
+        yield Case(f"NF4Embedding: indices {what}, declared, fp16", known)
     for wrong in (6, -1, 2**31, 2**40, HUGE, 2**63 - 1, -(2**63)):
         value = torch.tensor([[0, 5], [wrong, 1]])
         yield Case(f"NF4Embedding: index {wrong}", base.but(indices=value), says)

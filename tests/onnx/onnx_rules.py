@@ -45,7 +45,8 @@ def offenders(spec: Spec) -> set[str]:
     x = spec.inputs["x"]
     if x.dim() == 0 or x.shape[-1] != K:
         wrong |= {"x"}
-    if "bias" in spec.inputs and spec.inputs["bias"].shape != (N,):
+    # An optional vector of no elements is one that is absent.
+    if "bias" in spec.inputs and tuple(spec.inputs["bias"].shape) not in {(0,), (N,)}:
         wrong |= {"bias"}
     return wrong | (_wrong_adapter(spec, N, K) if "lora_A" in spec.inputs else set())
 

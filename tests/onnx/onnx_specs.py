@@ -53,6 +53,8 @@ class Spec:
     attributes: dict[str, Any]
     inputs: dict[str, torch.Tensor]
     constant: frozenset[str] = field(default_factory=frozenset)
+    # What the graph says of its inputs: "open" not even their rank, "symbolic" that, or "exact".
+    shapes: str = "open"
 
     def but(self, **inputs: torch.Tensor | None) -> Spec:
         """The same with some inputs replaced, and those given as None left off."""
@@ -63,6 +65,10 @@ class Spec:
         """The same with some attributes replaced, and those given as None left off."""
         merged = {k: v for k, v in (self.attributes | attributes).items() if v is not None}
         return replace(self, attributes=merged)
+
+    def declared(self, shapes: str) -> Spec:
+        """The same with the graph's inputs declared in this way."""
+        return replace(self, shapes=shapes)
 
     def fixed(self, *names: str) -> Spec:
         """The same with these inputs (all but the first, if none is named) as initializers."""
@@ -81,7 +87,7 @@ class Spec:
             + ("*" if name in self.constant else "")
             for name, value in self.inputs.items()
         }
-        return f"{self.op} {self.attributes} {inputs} (*: an initializer)"
+        return f"{self.op} {self.attributes} {inputs} (*: an initializer) shapes {self.shapes}"
 
 
 def make(
@@ -146,9 +152,13 @@ def output_type(spec: Spec) -> int:
 
 def model_of(spec: Spec, nodes: list[onnx.NodeProto] | None = None) -> onnx.ModelProto:
     """The model of one node, or of `nodes` with the spec's inputs and the output y."""
+    declared = {
+        "open": lambda name, value: None,
+        "symbolic": lambda name, value: [f"{name}_{i}" for i in range(value.dim())],
+        "exact": lambda name, value: list(value.shape),
+    }[spec.shapes]
     values = [
-        # The rank is left open, and so a wrong one reaches the operation.
-        helper.make_tensor_value_info(name, ONNX_TYPES[value.dtype], None)
+        helper.make_tensor_value_info(name, ONNX_TYPES[value.dtype], declared(name, value))
         for name, value in spec.inputs.items()
         if name not in spec.constant
     ]
