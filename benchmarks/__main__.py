@@ -16,14 +16,16 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import counted, machine, optimizer, plan, report
+from benchmarks import bench_onnx, counted, machine, optimizer, plan, report
 from benchmarks.store import RESULTS, Store
 
 HERE = Path(__file__).resolve().parent
 PASS, NOTHING_COLLECTED = 0, 5
 # No pytest: a module of that name with records().
 COUNTED = ("memory", "adapter_memory", "saved", "quickstart")
-OPTIMIZER = "optimizer"  # with results and a page of its own
+# With results and a page of their own.
+OPTIMIZER = "optimizer"
+ONNX = "onnx"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--full", action="store_const", const="full", dest="level", help="every case"
     )
     parser.set_defaults(level="default")
-    ops = (*plan.OPS, *COUNTED, OPTIMIZER)
+    ops = (*plan.OPS, *COUNTED, OPTIMIZER, ONNX)
     parser.add_argument("--op", default=env.get("OP", ""), help=f"one of {', '.join(ops)}")
     parser.add_argument("--shape", default=env.get("SHAPE", ""), help="one weight, as 4096x4096")
     parser.add_argument("--isa", default=env.get("ISA", ""), help="kernels' instruction set")
@@ -124,6 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.op == OPTIMIZER:
         optimizer.main(["--quick"] if options.level == "quick" else [])
         return PASS
+    if options.op == ONNX:
+        return bench_onnx.main(["--quick"] if options.level == "quick" else [])
     facts = machine.run_facts()
     options.results = options.results or RESULTS / f"{machine.name()}.json"
     started, worst = time.perf_counter(), 0
