@@ -35,7 +35,7 @@ help:
 	@echo "make bench        benchmarks beside their peers (OP= SHAPE= ISA= ARGS=...)"
 	@echo "make bench-gpu    every op's correctness and speed on this machine's GPU (GPU_OUT= ARGS=...)"
 	@echo "make lint         ruff and clang-format; types: mypy --strict; layout: who imports whom"
-	@echo "make sanitize     the C++ core under AddressSanitizer and UBSan"
+	@echo "make sanitize     the C++ core and the ONNX operators under AddressSanitizer and UBSan"
 	@echo "make wheel-smoke  build a wheel and try it in a clean environment"
 
 # What a fresh machine must have, and in one sentence what it lacks.
@@ -142,7 +142,7 @@ types: $(STAMPS)/packages
 layout: build
 	@$(PY) -m pytest tests/test_layout.py $(ARGS)
 
-sanitize: $(STAMPS)/packages
+sanitize: build
 	@$(PY) tests/c/sanitize.py $(ARGS)
 
 wheel: $(STAMPS)/packages
