@@ -161,14 +161,23 @@ def _trace(
     output_names: Sequence[str] | None,
     opset_version: int,
 ) -> Any:
-    if dynamic_shapes is None:
-        dynamic_shapes = default_dynamic_shapes(model, args, kwargs)
-    with torch.no_grad(), _quiet(), _naming_unknown_ops():
-        return torch.onnx.export(
-            model, args, kwargs=kwargs or None, dynamo=True, verbose=False,
-            dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names,
-            opset_version=opset_version, custom_translation_table=translation_table(),
-        )  # fmt: skip
+    def trace(shapes: Any) -> Any:
+        with torch.no_grad(), _quiet(), _naming_unknown_ops():
+            return torch.onnx.export(
+                model, args, kwargs=kwargs or None, dynamo=True, verbose=False,
+                dynamic_shapes=shapes, input_names=input_names, output_names=output_names,
+                opset_version=opset_version, custom_translation_table=translation_table(),
+            )  # fmt: skip
+
+    if dynamic_shapes is not None:
+        return trace(dynamic_shapes)
+    try:
+        return trace(default_dynamic_shapes(model, args, kwargs))
+    except torch.onnx.OnnxExporterError as error:
+        if "tracing inferred a static shape" not in str(error):
+            raise
+    # A dimension that looked like a sequence's length is fixed by the model, as channels are.
+    return trace(default_dynamic_shapes(model, args, kwargs, fixed=True))
 
 
 @contextmanager
@@ -177,6 +186,11 @@ def _naming_unknown_ops() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if str(cause).startswith(f"{OP}: "):  # what translate.py has rejected
+                raise cause from error
+            cause = cause.__cause__
         known = ", ".join(str(op) for op in translation_table())
         unknown = re.search(
             r"No ONNX function found for <OpOverload\(op='(feinwerk\.\w+)'", str(error)
@@ -202,7 +216,9 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def default_dynamic_shapes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def default_dynamic_shapes(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], fixed: bool = False
+) -> Any:
     """Return dynamic_shapes in which all but the last dimension of floating tensors is dynamic.
 
     Dimensions at the same place with the same example size have the same name.
@@ -211,6 +227,8 @@ def default_dynamic_shapes(model: nn.Module, args: Sequence[Any], kwargs: Mappin
         model: whose forward names the inputs.
         args: positional inputs.
         kwargs: keyword inputs.
+        fixed: whether the model may fix what is not the first dimension of a floating tensor, as
+            it always may with four dimensions or more.
 
     Returns:
         As torch.onnx.export takes them: by the names of forward's parameters.
@@ -219,7 +237,7 @@ def default_dynamic_shapes(model: nn.Module, args: Sequence[Any], kwargs: Mappin
 
     def of(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            if value.dim() > 3:  # an image, say: its channels and perhaps more are fixed
+            if value.is_floating_point() and (fixed or value.dim() > 3) and value.dim() > 1:
                 rest = {i: torch.export.Dim.AUTO for i in range(1, value.dim())}
                 return {0: _dimension(names, 0, value.shape[0]), **rest}
             last = value.dim() - (1 if value.is_floating_point() else 0)
