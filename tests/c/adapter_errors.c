@@ -52,7 +52,7 @@ static void make_adapters(void) {
   "row_begin and row_end must ascend from one adapter to the next and stay in [0, 3], got "
 
 // The rules that hold in both directions.
-#define TEST_ADAPTER_ERRORS(op, good)                                                             \
+#define TEST_ADAPTER_ERRORS(op, good, least)                                                      \
   do {                                                                                            \
     int64_t bytes = 0;                                                                            \
     TEST_WEIGHT_ERRORS(op, good, weight.nf4);                                                     \
@@ -82,8 +82,9 @@ static void make_adapters(void) {
     REJECTS_BOTH(op, good, s_cols, -1, "s_cols must be at least every r, got -1");                \
     REJECTS_BOTH(op, good, s_cols, INT64_MAX, "m x s_cols must stay below");                      \
     REJECTS(op, good, s, NULL, "s must not be null for 12 elements, got null");                   \
-    REJECTS_ADAPTER(REJECTS_BOTH, op, good, 1, r, 0, "r must be at least 1, got 0");              \
-    REJECTS_ADAPTER(REJECTS_BOTH, op, good, 0, r, INT64_MIN, "r must be at least 1, got -");      \
+    REJECTS_ADAPTER(REJECTS_BOTH, op, good, 1, r, (least) - 1, "r must be at least " #least);     \
+    REJECTS_ADAPTER(REJECTS_BOTH, op, good, 0, r, INT64_MIN,                                      \
+                    "r must be at least " #least ", got -");                                      \
     REJECTS_ADAPTER(REJECTS_BOTH, op, good, 1, r, INT64_MAX, "r x K must stay below");            \
     narrow = dense;                                                                               \
     narrow.weight.nf4.cols = 0;                                                                   \
@@ -137,7 +138,7 @@ static void test_forward(void) {
                                     .s_cols = kColsOfS};
   ACCEPTS(feinwerk_lora_linear_workspace(&good, 1, &good.workspace_bytes));
   good.workspace = workspace(good.workspace_bytes);
-  TEST_ADAPTER_ERRORS(lora_linear, good);
+  TEST_ADAPTER_ERRORS(lora_linear, good, 0);
   REJECTS(lora_linear, good, y, NULL, "y must not be null for 18 elements, got null");
   REJECTS(lora_linear, good, compute, (feinwerk_compute)5, "compute must be exact (0) or int8 (1)");
   REJECTS_ADAPTER(REJECTS, lora_linear, good, 0, base_norm, NULL,
@@ -151,7 +152,22 @@ static void test_forward(void) {
   good.s = NULL;
   ACCEPTS(feinwerk_lora_linear_workspace(&good, 1, &good.workspace_bytes));
   good.workspace = workspace(good.workspace_bytes);
+  good.bias = NULL;
   ACCEPTS(feinwerk_lora_linear(&good, NULL));
+  free(good.workspace);
+
+  // Rank 0: the magnitude alone.
+  float twos[kRows], plain[kM * kRows];
+  memcpy(plain, y, sizeof plain);
+  for (int i = 0; i < kRows; ++i) twos[i] = 2, norm[i] = 1;
+  feinwerk_adapter alone = {
+      .row_end = kM, .magnitude = twos, .weight_norm = norm, .weight_norm_known = 1};
+  good.adapters = &alone;
+  good.adapter_count = 1;
+  ACCEPTS(feinwerk_lora_linear_workspace(&good, 1, &good.workspace_bytes));
+  good.workspace = workspace(good.workspace_bytes);
+  ACCEPTS(feinwerk_lora_linear(&good, NULL));
+  for (int i = 0; i < kM * kRows; ++i) CHECK(y[i] == 2 * plain[i]);
   free(good.workspace);
 }
 
@@ -173,7 +189,7 @@ static void test_backward(void) {
   adapters[1].grad_A = grad_A;
   ACCEPTS(feinwerk_lora_linear_backward_workspace(&good, 1, &good.workspace_bytes));
   good.workspace = workspace(good.workspace_bytes);
-  TEST_ADAPTER_ERRORS(lora_linear_backward, good);
+  TEST_ADAPTER_ERRORS(lora_linear_backward, good, 1);
   REJECTS(lora_linear_backward, good, grad_y, NULL, "grad_y must not be null for 18 elements");
   REJECTS_ADAPTER(REJECTS, lora_linear_backward, good, 0, weight_norm_known, 0,
                   "weight_norm_known must be set in the backward, got 0");
