@@ -5,6 +5,7 @@ What an adapter file does in a session is shown in test_onnx_adapter_file.py.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,22 @@ def test_norms_from_the_file_s_bytes_are_those_of_the_model(
     assert {name for name in values[0] if name.endswith("gain")} == {
         f"{layer}.gain" for layer in LAYERS[1:]
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_of_a_dense_base(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 48)).to(dtype).eval()
+    bare = copy.deepcopy(net)
+    add_adapters(net, 3, lora_alpha=5, dora=True)
+    for layer in adapters_of(net).values():
+        nn.init.normal_(layer.lora_B)
+    save_folder(net, tmp_path / "folder")
+    path = tmp_path / "net.onnx"
+    export(bare, (torch.zeros(2, 64, dtype=dtype),), path, adapters=AdapterRoom(("0",), dora=True))
+    save_adapter(tmp_path / "folder", tmp_path / "of_folder", model=path)
+    save_adapter(net, tmp_path / "of_model", model=path)
+    assert read(tmp_path / "of_folder") == read(tmp_path / "of_model")
 
 
 def read(path: Path) -> dict[str, tuple[list[int], bytes]]:

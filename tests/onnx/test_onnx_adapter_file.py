@@ -231,6 +231,19 @@ def test_a_file_that_a_session_maps_can_be_replaced(
     assert_result(run(session, first.run_options()), "lora")
     assert_result(run(session, load_adapter(path, session).run_options()), "rslora")
     assert [file.name for file in tmp_path.iterdir()] == ["a.onnx_adapter"]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_old_runtime_is_named(
+    folders: dict[str, Path], session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save("lora", folders, tmp_path)
+    monkeypatch.delattr(onnxruntime, "LoraAdapter")
+    with pytest.raises(ImportError, match=r"onnxruntime must be 1\.20 or newer .*, got \d"):
+        load_adapter(path, session)
+    with pytest.raises(ImportError, match=r"onnxruntime must be 1\.20 or newer .*, got \d"):
+        save("lora", folders, tmp_path)
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], None], to: Path) -> Path:

@@ -16,7 +16,6 @@ graph's default, which may be another adapter's, never shows through.
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from feinwerk.onnx.adapter_base import (
     layer_of_module,
     sizes_of_module,
 )
-from feinwerk.onnx.adapter_inputs import GAIN, PARTS, AdapterInputs, read_inputs
+from feinwerk.onnx.adapter_inputs import GAIN, PARTS, AdapterInputs, adapter_runtime, read_inputs
 
 _OP = "save_adapter"
 
@@ -76,7 +75,8 @@ def save_adapter(
         The names of the adapted layers.
 
     Raises:
-        ImportError: if onnxruntime, safetensors or (for a file as `model`) onnx is not installed.
+        ImportError: if onnxruntime 1.20 or newer, safetensors or (for a file as `model`) onnx is
+            not installed.
         ValueError: if the adapter has a part that has no place in the file (lora_bias, a
             convolution, an init that has changed the base), DoRA has no `model`, or a name or shape
             does not fit `model`; the message names the first. Nothing is written then.
@@ -90,12 +90,12 @@ def save_adapter(
         >>> net = nn.Sequential(nn.Linear(64, 8))
         >>> add_adapters(net, 4, lora_alpha=8)
         ['0']
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_adapter(net, Path(folder) / "first.onnx_adapter")
         ['0']
     """
-    import onnxruntime
-
+    onnxruntime = adapter_runtime(_OP)
     layers = _of_model(adapter) if isinstance(adapter, nn.Module) else _of_folder(Path(adapter))
     graph = None if model is None or isinstance(model, nn.Module) else read_inputs(_OP, model)
     if graph is not None:
@@ -255,11 +255,9 @@ def _tensors(layers: dict[str, _Layer], graph: AdapterInputs | None) -> dict[str
 
 def _replace(path: Path, content: Any) -> None:
     """Write beside the file and put it in place: a session that maps the old one keeps it."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        content.export_adapter(part)
+        content.export_adapter(str(part))
         os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    finally:
+        part.unlink(missing_ok=True)

@@ -20,6 +20,16 @@ GAIN = "gain"
 Shape = tuple[Any, ...]
 
 
+def adapter_runtime(op: str) -> Any:
+    """Return onnxruntime, whose releases before 1.20 know no adapters."""
+    import onnxruntime
+
+    if not hasattr(onnxruntime, "LoraAdapter"):
+        rule = "be 1.20 or newer for adapter files"
+        _checks.reject(ImportError, op, "onnxruntime", rule, onnxruntime.__version__)
+    return onnxruntime
+
+
 def layers_of(names: Iterable[str]) -> tuple[str, ...]:
     """The layers that have all the inputs of an adapter, in order."""
     known = set(names)

@@ -13,7 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from feinwerk import _checks
-from feinwerk.onnx.adapter_inputs import layers_of, part_names, shape_fits, text_of
+from feinwerk.onnx.adapter_inputs import adapter_runtime, layers_of, part_names, shape_fits, text_of
 
 # RunOptions -> the adapters that must live as long as they do.
 _KEPT: WeakKeyDictionary[Any, tuple[Any, ...]] = WeakKeyDictionary()
@@ -89,7 +89,7 @@ def load_adapter(path: str | Path, session: Any, *, partial: bool = False) -> On
         The adapter; `adapter.run_options()` makes it active in one run.
 
     Raises:
-        ImportError: if onnxruntime is not installed.
+        ImportError: if onnxruntime is not installed, or older than 1.20.
         FileNotFoundError: if there is no such file.
         ValueError: if it is no adapter file, or a tensor has a name, dtype or shape that the
             session's model does not take, or one is missing; the message names the first.
@@ -100,9 +100,8 @@ def load_adapter(path: str | Path, session: Any, *, partial: bool = False) -> On
     Example:
         See docs/onnx_adapters.md.
     """
-    import onnxruntime
-
     op, path = "load_adapter", Path(path)
+    onnxruntime = adapter_runtime(op)
     if not path.is_file():
         raise FileNotFoundError(f"{op}: path must be a file, got {str(path)!r}")
     lora = onnxruntime.LoraAdapter()
