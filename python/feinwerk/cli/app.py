@@ -113,6 +113,13 @@ def quickstart(
         bool,
         typer.Option(help="Generate answers before and after: samples and token F1."),
     ] = True,
+    onnx: Annotated[
+        bool,
+        typer.Option(
+            help="Afterwards, export the fine-tuned model, let ONNX Runtime answer, check its "
+            "logits and report tokens/s beside torch and stock ONNX Runtime."
+        ),
+    ] = True,
     compare: Annotated[
         bool,
         typer.Option(
@@ -130,11 +137,13 @@ def quickstart(
     """Fine-tune a small chat model, by default one held in NF4, and show that it learned.
 
     Loads the model, quantizes every decoder Linear to NF4, trains LoRA or DoRA adapters, measures
-    held-out questions before and after, and writes adapter (PEFT's format), report.md and loss.png.
+    held-out questions before and after, writes adapter (PEFT's format), report.md and loss.png, and
+    lets ONNX Runtime answer with the exported model.
     Ctrl-C in training stops after the step and keeps a checkpoint; --resume goes on.
 
     Exit status: 0 done; 1 the held-out loss did not fall by 15 % in a full run, or the fall's 95 %
-    interval includes 0; 2 wrong use; 130 stopped by Ctrl-C.
+    interval includes 0, or ONNX Runtime's logits are not torch's; 2 wrong use; 130 stopped by
+    Ctrl-C.
     """
     from feinwerk.cli import checkpoint
     from feinwerk.cli.quickstart import Quickstart, show_outcome

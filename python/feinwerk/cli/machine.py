@@ -15,7 +15,10 @@ import torch
 
 import feinwerk
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "gguf", "numpy")
+PACKAGES = (
+    "torch", "transformers", "peft", "bitsandbytes", "gguf", "numpy", "onnx", "onnxruntime",
+    "onnxscript",
+)  # fmt: skip
 
 
 def describe_machine() -> dict[str, str]:

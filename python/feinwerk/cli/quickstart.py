@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 
-from feinwerk.cli import checkpoint, compare, data, evaluation, machine, model, report, training
+from feinwerk.cli import (
+    checkpoint,
+    compare,
+    data,
+    deployment,
+    evaluation,
+    machine,
+    model,
+    report,
+    training,
+)
 from feinwerk.cli.console import Display
 from feinwerk.cli.errors import CommandError, require
 from feinwerk.cli.evaluation import HeldOut
@@ -96,6 +106,10 @@ class Quickstart:
             is_full_run=trainer.steps >= DEFAULT_STEPS,
         )
         self._write(outcome, adapted)
+        if settings.onnx:
+            outcome = replace(outcome, deployment=self._deploy(adapted, tokenizer, held_out))
+            outcome = replace(outcome, memory=self.memory, seconds=self.display.seconds)
+            report.write_report(self.folder, outcome)
         if settings.compare:
             outcome = replace(outcome, comparison=self._compare(trainer, source))
             report.write_report(self.folder, outcome)
@@ -270,6 +284,25 @@ class Quickstart:
             )
         report.write_report(self.folder, outcome)
 
+    def _deploy(
+        self, adapted: Any, tokenizer: Any, held_out: Sequence[data.Encoded]
+    ) -> deployment.Deployment | None:
+        """Let ONNX Runtime answer the questions that the report shows."""
+        machine.reset_peak_memory()
+        result = deployment.run(
+            adapted,
+            tokenizer,
+            [held_out[i] for i in report.shown_questions(held_out, GENERATED)],
+            self.settings,
+            self.display,
+            new_tokens=NEW_TOKENS,
+        )
+        if result is not None:
+            self.memory[deployment.TITLE] = machine.peak_memory()
+            for sentence in result.sentences():
+                self.display.line(sentence)
+        return result
+
     def _compare(self, trainer: training.Trainer, source: model.Source) -> compare.Comparison:
         """Train on with stock PEFT beside ours; the trained adapter is on disk already."""
         from feinwerk.cli.plot import draw_comparison
@@ -289,13 +322,16 @@ class Quickstart:
 
 def show_outcome(outcome: report.Outcome, folder: Path, display: Display) -> None:
     """Print the samples, the numbers and where the files are."""
-    for at in report.sample_positions(len(outcome.generated)):
+    for number, at in enumerate(report.sample_positions(len(outcome.generated))):
         example = outcome.held_out[outcome.generated[at]].example
         display.line("")
         display.line(f"question      {example.question}", "bold")
         title = outcome.settings.base_name
         display.line(f"{title:<12}  {_one_line(outcome.before.answers[at])}", "dim")
         display.line(f"with adapter  {_one_line(outcome.after.answers[at])}")
+        if outcome.deployment is not None:
+            shown = outcome.deployment.answers[number]
+            display.line(f"ONNX Runtime  {_one_line(shown)}")
     display.line("")
     if outcome.f1_gain is not None:
         display.line(
@@ -304,6 +340,8 @@ def show_outcome(outcome: report.Outcome, folder: Path, display: Display) -> Non
         )
     display.line(f"{sum(outcome.seconds.values()):.0f} s in all")
     files = [("adapter", "adapter"), ("report", "report.md"), ("curve", "loss.png")]
+    if outcome.deployment is not None:
+        files.append(("ONNX", f"{deployment.FOLDER}/{deployment.FILE}"))
     if outcome.comparison is not None:
         files.append(("beside", "comparison.png"))
     for title, name in files:

@@ -11,7 +11,8 @@ from typing import Any
 
 from feinwerk.cli.compare import Comparison
 from feinwerk.cli.data import Dataset, Encoded
-from feinwerk.cli.evaluation import HeldOut, Interval, token_f1
+from feinwerk.cli.deployment import Deployment
+from feinwerk.cli.evaluation import HeldOut, Interval, choose_for_generation, token_f1
 from feinwerk.cli.model import Source
 from feinwerk.cli.settings import Settings
 
@@ -43,6 +44,7 @@ class Outcome:
     machine: Mapping[str, str]
     versions: Mapping[str, str]
     is_full_run: bool
+    deployment: Deployment | None = None
     comparison: Comparison | None = None
 
     @property
@@ -50,6 +52,8 @@ class Outcome:
         """Whether the run shows what it must, and one sentence that says so."""
         fall, low, high = (100 * v for v in (self.fall.value, self.fall.low, self.fall.high))
         measured = f"held-out loss fell by {fall:.1f} % (95 % interval {low:.1f} to {high:.1f} %)"
+        if self.deployment is not None and not self.deployment.matches:
+            return False, f"{self.deployment.sentences()[0]}; {measured}"
         if not self.is_full_run:
             return True, f"{measured}; with fewer steps than the default no fall is required"
         if self.fall.low <= 0.0 <= self.fall.high:
@@ -110,6 +114,7 @@ def _numbers(outcome: Outcome) -> dict[str, Any]:
         "seconds": dict(outcome.seconds),
         "machine": dict(outcome.machine),
         "versions": dict(outcome.versions),
+        "deployment": outcome.deployment.to_dict() if outcome.deployment else None,
         "comparison": outcome.comparison.to_dict() if outcome.comparison else None,
     }
 
@@ -151,6 +156,7 @@ def _lines(outcome: Outcome) -> list[str]:
     lines += ["", "![loss curve](loss.png)", ""]
     lines += _samples(outcome)
     lines += _resources(outcome)
+    lines += _deployed(outcome.deployment)
     lines += _beside(outcome.comparison)
     lines += _how(outcome)
     return lines
@@ -169,15 +175,28 @@ def _samples(outcome: Outcome) -> list[str]:
     lines = ["## Two generated answers", ""]
     lines += ["Greedy decoding; the questions were chosen by position, before any answer.", ""]
     lines += ["| | |", "|---|---|"]
-    for at in sample_positions(len(outcome.generated)):
+    for number, at in enumerate(sample_positions(len(outcome.generated))):
         example = outcome.held_out[outcome.generated[at]].example
         lines += [
             f"| **question** | **{_cell(example.question)}** |",
             f"| {outcome.settings.base_name} | {_cell(outcome.before.answers[at])} |",
             f"| with adapter | {_cell(outcome.after.answers[at])} |",
+            *_from_onnx(outcome, number),
             f"| answer in the data | {_cell(example.answer)} |",
         ]
     return [*lines, ""]
+
+
+def _from_onnx(outcome: Outcome, number: int) -> list[str]:
+    if outcome.deployment is None:
+        return []
+    return [f"| with adapter, from ONNX Runtime | {_cell(outcome.deployment.answers[number])} |"]
+
+
+def shown_questions(held_out: Sequence[Encoded], count: int) -> list[int]:
+    """Return the indices of the examples whose answers are shown, of `count` generated ones."""
+    chosen = choose_for_generation(held_out, count)
+    return [chosen[at] for at in sample_positions(len(chosen))]
 
 
 def sample_positions(count: int) -> list[int]:
@@ -215,6 +234,35 @@ def _resources(outcome: Outcome) -> list[str]:
     lines.append(f"| **total** | **{sum(outcome.seconds.values()):.1f}** | |")
     lines += ["", f"Training: {outcome.tokens_per_second:,.0f} tokens/s (padding not counted).", ""]
     return lines
+
+
+def _deployed(deployment: Deployment | None) -> list[str]:
+    if deployment is None:
+        return []
+    slowest = min(side.tokens_per_second for side in deployment.sides)
+    lines = [
+        "## In ONNX Runtime",
+        "",
+        "| one text, token by token | MiB | tokens/s | |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {side.name} | {side.bytes / 2**20:,.1f} | {side.tokens_per_second:.1f} "
+        f"| x {side.tokens_per_second / slowest:.1f} |"
+        for side in deployment.sides
+    ]
+    return [
+        *lines,
+        "",
+        f"{deployment.sentences()[0]}.",
+        "",
+        "fp32 activations. MiB: the .onnx file with its data, or the tensors of the torch model. "
+        "Dense: the adapter is merged into dequantized weights; MatMulBnb4: ONNX Runtime's own NF4 "
+        "operator, the adapter in MatMuls; Feinwerk: `onnx/model.onnx`, whose adapter can be "
+        f"exchanged. In turn, a few tokens each; the median of {len(deployment.sides[0].seconds)} "
+        "tokens. Logits: of a prompt's last and its answer's first positions, against fp64.",
+        "",
+    ]
 
 
 def _beside(comparison: Comparison | None) -> list[str]:

@@ -19,7 +19,7 @@ DTYPES = ("auto", "bfloat16", "float32")
 
 # They change where or how a run is shown, never its numbers' definition: a resumed run may differ.
 FREE_ON_RESUME = frozenset(
-    {"output", "threads", "checkpoint_every", "generate", "compare", "quiet", "cache"}
+    {"output", "threads", "checkpoint_every", "generate", "onnx", "compare", "quiet", "cache"}
 )
 
 
@@ -47,6 +47,7 @@ class Settings:
     state_bits: int = 8
     checkpoint_every: int = 20
     generate: bool = True
+    onnx: bool = True
     compare: bool = False
     cache: bool = True
     quiet: bool = False

@@ -95,7 +95,7 @@ def generate(
         _checks.reject(ValueError, _OP, "max_new_tokens", rule, max_new_tokens)
     ends = _ends(facts["eos_token_id"] if eos_token_id is None else eos_token_id)
     random = np.random.default_rng(seed)
-    step = _Step(session, facts, _run_options(adapter, session), len(ids))
+    step = CachedSession(session, len(ids), _run_options(adapter, session))
     position = np.maximum(mask.cumsum(axis=1) - 1, 0)
     ended = np.zeros(len(ids), dtype=bool)
     output: list[np.ndarray] = []
@@ -116,13 +116,20 @@ def generate(
     return np.stack(output, axis=1)
 
 
-class _Step:
-    """One run of the session after another, with the cache between them."""
+class CachedSession:
+    """One run of a session after another, with the cache between them: what `generate` loops over.
 
-    def __init__(self, session: Any, facts: dict[str, Any], run_options: Any, batch: int) -> None:
+    Args:
+        session: over a file of `export_causal_lm`.
+        batch: rows of every run.
+        run_options: onnxruntime.RunOptions, for adapters.
+    """
+
+    def __init__(self, session: Any, batch: int, run_options: Any = None) -> None:
         """Start with an empty cache."""
         from onnxruntime import OrtValue
 
+        facts = _facts(session)
         self._session = session
         self._options = run_options
         self._value = OrtValue.ortvalue_from_numpy
@@ -134,7 +141,16 @@ class _Step:
         self._cache = [self._value(np.zeros(shape, dtype=np.float32)) for _ in self._past]
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """Feed `ids` [batch, rows] and return the logits of the last row, fp32 [batch, vocab]."""
+        """Feed new tokens and return the logits of the last of them.
+
+        Args:
+            ids: int64 [batch, rows].
+            mask: int64 [batch, all rows so far], 0 where padding is.
+            position: int64 [batch, rows], of each token in its text.
+
+        Returns:
+            fp32 [batch, vocab].
+        """
         feeds = dict(zip(self._past, self._cache, strict=True))
         feeds["input_ids"] = self._value(np.ascontiguousarray(ids))
         feeds["attention_mask"] = self._value(np.ascontiguousarray(mask))
