@@ -13,7 +13,9 @@ import torch
 from onnx import TensorProto, helper
 from onnx_rules import expected
 from onnx_specs import LOW_RANK, Spec, make, model_of, same_bits
+from torch import nn
 
+import feinwerk
 from feinwerk import onnx as feinwerk_onnx
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +104,39 @@ def test_it_runs_a_model_and_switches_an_adapter(program: Path, tmp_path: Path) 
         assert result.returncode == 0, result.stderr
         assert same_bits(output(result.stdout), expected(spec))
     assert not same_bits(expected(plain), expected(adapted))
+
+
+def test_it_runs_what_export_and_save_adapter_write(program: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(COLS, 33), nn.ReLU(), nn.Linear(33, 11)).eval()
+    feinwerk.quantize_model(model, skip=())
+    x, path = activations(), tmp_path / "exported.onnx"
+    room = feinwerk_onnx.AdapterRoom(("0", "2"))
+    feinwerk_onnx.export(model, (x,), path, adapters=room, input_names=["x"], output_names=["y"])
+    plain = model(x).detach()
+    feinwerk.nn.add_adapters(model, 4, lora_alpha=8)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    adapter = tmp_path / "trained.onnx_adapter"
+    feinwerk_onnx.save_adapter(model, adapter, model=path)
+    adapted = model.eval()(x).detach()
+
+    arguments = (libonnxruntime(), feinwerk_onnx.library_path(), path, ROWS, COLS)
+    for more, y in (((), plain), ((adapter,), adapted)):
+        result = command(program, *arguments, *more)
+        assert result.returncode == 0, result.stderr
+        assert same_bits(output(result.stdout), y)
+    assert not same_bits(plain, adapted)
+
+
+def test_the_guide_shows_pieces_of_this_program() -> None:
+    page = (ROOT / "docs" / "guides" / "deployment_c.md").read_text(encoding="utf-8")
+    program = "\n".join(line.strip() for line in SOURCE.read_text(encoding="utf-8").splitlines())
+    pieces = re.findall(r"^```cpp\n(.*?)^```", page, re.M | re.S)
+    assert len(pieces) >= 4
+    for piece in pieces:
+        assert "\n".join(line.strip() for line in piece.splitlines()) in program, piece
 
 
 def test_it_says_what_is_wrong(program: Path, tmp_path: Path) -> None:
