@@ -1,11 +1,11 @@
 """Creates, runs and destroys sessions over and over and tells what memory stays in use.
 
-    python onnx_cycles.py LIBRARY CYCLES KIND
+    python onnx_cycles.py LIBRARY CYCLES KIND...
 
-KIND is "feinwerk" for a model of our operations, "standard" for one of ONNX's own, "leak" for ours
-with the smallest possible leak in every eighth cycle, "runs" for runs of one session of ours, and
-"options" for registration alone. Prints a line of JSON: by how many bytes
-the memory that malloc has given out grew in each cycle, and the resident memory in all.
+A kind is "feinwerk" for a model of our operations, "standard" for one of ONNX's own, "leak" for
+ours with the smallest possible leak in every eighth cycle, "runs" for runs of one session of ours,
+and "options" for registration alone. Prints a line of JSON for each: by how many bytes the memory
+that malloc has given out grew in each cycle, and the resident memory in all.
 """
 
 from __future__ import annotations
@@ -124,8 +124,9 @@ def main(library: str, cycles: int, kind: str) -> None:
         if i >= 0:
             growth[i] = in_use() - before
     gc.collect()
-    print(json.dumps({"growth": growth, "resident": resident() - pages}))
+    print(json.dumps({"growth": growth, "resident": resident() - pages}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    for name in sys.argv[3:]:
+        main(sys.argv[1], int(sys.argv[2]), name)

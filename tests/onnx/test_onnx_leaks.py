@@ -16,6 +16,7 @@ import pytest
 from feinwerk import onnx as feinwerk_onnx
 
 HERE = Path(__file__).resolve().parent
+KINDS = ("options", "runs", "standard", "feinwerk", "leak")
 SMALLEST = 32  # bytes of glibc's smallest piece of memory
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -28,10 +29,16 @@ pytestmark = [
 
 
 @functools.lru_cache
-def measured(kind: str, cycles: int) -> tuple[list[int], int]:
-    """Growth of malloc's memory in each cycle, and of the resident memory in all."""
+def measured(cycles: int) -> dict[str, tuple[list[int], int]]:
+    """Growth of malloc's memory in each cycle, and of the resident memory in all, of each kind."""
     result = subprocess.run(
-        [sys.executable, HERE / "onnx_cycles.py", feinwerk_onnx.library_path(), str(cycles), kind],
+        [
+            sys.executable,
+            HERE / "onnx_cycles.py",
+            feinwerk_onnx.library_path(),
+            str(cycles),
+            *KINDS,
+        ],
         # Without malloc's caches per thread, whose free pieces count as in use.
         env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -39,13 +46,13 @@ def measured(kind: str, cycles: int) -> tuple[list[int], int]:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    return found["growth"], found["resident"]
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    return {k: (f["growth"], f["resident"]) for k, f in zip(KINDS, found, strict=True)}
 
 
 def growing(kind: str, cycles: int) -> int:
     """In how many cycles memory grew."""
-    return sum(bytes_ > 0 for bytes_ in measured(kind, cycles)[0])
+    return sum(bytes_ > 0 for bytes_ in measured(cycles)[kind][0])
 
 
 def bound(cycles: int) -> float:
@@ -63,11 +70,11 @@ def test_sessions_come_and_go(cycles: int) -> None:
     assert growing("leak", cycles) > bound(cycles)
     assert growing("feinwerk", cycles) <= bound(cycles)
     # What is mapped past malloc is at least a page a cycle.
-    assert measured("feinwerk", cycles)[1] < PAGE * cycles / 2
+    assert measured(cycles)["feinwerk"][1] < PAGE * cycles / 2
 
 
 @pytest.mark.parametrize("kind", ["runs", "options"])
 def test_runs_and_registrations_keep_nothing(kind: str, cycles: int) -> None:
     # Here ONNX Runtime keeps nothing either: 0 bytes in 1,000 of each with 1.32. The smallest piece
     # of memory every other time would already be too much.
-    assert sum(measured(kind, cycles)[0]) < SMALLEST * cycles / 2
+    assert sum(measured(cycles)[kind][0]) < SMALLEST * cycles / 2
