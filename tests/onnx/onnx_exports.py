@@ -97,7 +97,8 @@ def run(
     """Run a file on its inputs, in order, and on values for named ones."""
     if by == REFERENCE:
         evaluator = ReferenceEvaluator(str(path))
-        names = [n for n in evaluator.input_names if not n.startswith("layers.")]
+        defaults = {tensor.name for tensor in onnx.load(str(path)).graph.initializer}
+        names = [name for name in evaluator.input_names if name not in defaults]
         feeds = {n: x.numpy() for n, x in zip(names, inputs, strict=True)}
         feeds |= {name: value.numpy() for name, value in replaced.items()}
         return [torch.from_numpy(np.asarray(y)) for y in evaluator.run(None, feeds)]

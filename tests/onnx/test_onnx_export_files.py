@@ -54,7 +54,9 @@ def test_bytes_and_ties(ops: str, tmp_path: Path) -> None:
         expected |= {n: getattr(layer, n) for n in ("nested_absmax", "nested_codebook")}
         for part, tensor in expected.items():
             if ops == "contrib" and name == "again" and part != "packed":
-                continue
+                continue  # expanded
+            if (name, part) == ("again", "nested_codebook"):
+                continue  # equal to the table's, and written once
             array = held[f"{name}.{part}"]
             assert array.dtype == tensor.detach().numpy().dtype
             assert np.array_equal(array, tensor.detach().numpy())
