@@ -282,8 +282,12 @@ def isas() -> list[object]:
 # Another instruction set needs a process of its own: the library chooses at its first use.
 @pytest.mark.parametrize("isa", isas())
 def test_every_instruction_set(isa: str) -> None:
-    tests = [f"{HERE}::test_nf4_lora_linear_has_pythons_bits", f"{HERE}::test_nf4_embedding_has"]
-    tests[1] += "_pythons_bits"
+    names = (
+        "nf4_linear_has_pythons_bits[192-64-constant]",
+        "nf4_embedding_has_pythons_bits",
+        f"nf4_lora_linear_has_pythons_bits[{RANK}-dora-constant]",
+    )
+    tests = [f"{HERE}::test_{name}" for name in names]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests],
         env={**os.environ, "FEINWERK_ISA": isa},
