@@ -101,7 +101,7 @@ def why_not() -> str | None:
     """Return why the step cannot run on this installation, or None."""
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed (pip install 'feinwerk[onnx]' onnxscript)"
+            return f"{package} is not installed (pip install 'feinwerk[onnx]')"
     from feinwerk.onnx import library_path
 
     try:
