@@ -109,6 +109,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the workflows lie and run."""
     folder: Path = tmp_path_factory.mktemp("olive")
     write_llama(folder)
+    quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    loading = {"quantization_method": "bitsandbytes", "quantization_config": quantization}
+    model = {"type": "HfModel", "model_path": "checkpoint", "task": "text-generation"}
+    # Options that the layers are not quantized by: they hold NF4 already.
+    write_workflow(folder, "bnb", model | {"load_kwargs": loading}, OPTIONS)
     (folder / "loader.py").write_text(LOADER)
     io_config = {"input_names": ["x"], "input_shapes": [[2, 64]], "output_names": ["y"]}
     for name in ("dense", "nf4"):
@@ -124,7 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Any:
     """What olive_run.py has found."""
-    printed = olive([str(HERE / "olive_run.py"), "llama", "dense", "nf4"], folder)
+    printed = olive([str(HERE / "olive_run.py"), "llama", "bnb", "dense", "nf4"], folder)
     return json.loads(printed.splitlines()[-1])
 
 
@@ -169,6 +174,26 @@ def with_adapter(adapter: Path) -> tuple[torch.Tensor, Any]:
     return model.eval()(TOKENS).logits, truth
 
 
+def assert_same_bytes(path: Path, model: nn.Module) -> None:
+    """The file holds the codes and scales of every NF4 layer."""
+    held = {
+        onnx.numpy_helper.to_array(tensor, str(path.parent)).tobytes()
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+    }
+    layers = [layer for layer in model.modules() if isinstance(layer, NF4Linear)]
+    assert layers
+    for layer in layers:
+        assert layer.weight.numpy().tobytes() in held
+        assert layer.absmax.numpy().tobytes() in held
+
+
+def test_layers_of_bitsandbytes_keep_their_bytes(results: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    twin = make_llama().bfloat16()
+    feinwerk.quantize_model(twin, double_quant=False)  # byte-equal to bitsandbytes
+    assert_same_bytes(Path(results["models"]["bnb"]) / "model.onnx", twin)
+
+
 @pytest.mark.parametrize("name", ["dense", "nf4"])
 def test_a_plain_model(name: str, results: Any) -> None:
     path = Path(results["models"][name])
@@ -177,14 +202,7 @@ def test_a_plain_model(name: str, results: Any) -> None:
     twin = variables[f"make_{name}"]("")
     if name == "dense":
         feinwerk.quantize_model(twin, **OPTIONS)
-    held = {
-        onnx.numpy_helper.to_array(tensor, str(path.parent)).tobytes()
-        for tensor in onnx.load(path, load_external_data=False).graph.initializer
-    }
-    for layer in twin.modules():
-        if isinstance(layer, NF4Linear):
-            assert layer.weight.numpy().tobytes() in held
-            assert layer.absmax.numpy().tobytes() in held
+    assert_same_bytes(path, twin)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     (y,) = open_session(path).run(["y"], {"x": x.numpy()})
     with torch.no_grad():

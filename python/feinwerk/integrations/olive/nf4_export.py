@@ -16,6 +16,7 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from olive.resource_path import LocalFile, LocalFolder
 
 from feinwerk import _checks
+from feinwerk.integrations.olive.bitsandbytes_layers import take_over
 from feinwerk.nn import load_adapter, quantize_model
 from feinwerk.nn.nf4_module import NF4Module
 from feinwerk.onnx import AdapterRoom, export, export_causal_lm, write_genai_config
@@ -25,6 +26,8 @@ _OP = "FeinwerkNF4Export"
 
 class FeinwerkNF4Export(Pass):  # type: ignore[misc]
     """Quantize the linear layers to NF4, then export; a model that holds NF4 is exported as it is.
+
+    NF4 layers of bitsandbytes count: their codes and scales go into the file unchanged.
 
     A causal LM out of transformers is exported with its key/value cache, with its adapter if the
     handler names one, and with its config and tokenizer beside it. Any other torch model is
@@ -102,6 +105,7 @@ class FeinwerkNF4Export(Pass):  # type: ignore[misc]
         adapter = model.adapter_path if isinstance(model, HfModelHandler) else None
         if adapter:
             network = network.unload()  # PEFT's layers go, and come back over NF4
+        take_over(network)
         if not any(isinstance(module, NF4Module) for module in network.modules()):
             quantize_model(
                 network, blocksize=options.blocksize, double_quant=options.double_quant,
@@ -114,7 +118,10 @@ class FeinwerkNF4Export(Pass):  # type: ignore[misc]
         adapters = room if options.adapter_targets else None
         files: list[str] = []
         if isinstance(model, HfModelHandler) and model.task.startswith("text-generation"):
-            export_causal_lm(network.float(), path, ops=options.ops, adapters=adapters)
+            # Past transformers' float(), which refuses for every model that was loaded quantized.
+            export_causal_lm(
+                torch.nn.Module.float(network), path, ops=options.ops, adapters=adapters
+            )
             files = model.save_metadata(str(path.parent))
             if options.genai_config:
                 files.append(str(write_genai_config(path, network)))
