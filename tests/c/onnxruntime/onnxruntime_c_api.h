@@ -3,7 +3,8 @@
  * The onnxruntime wheel brings the shared library but no header. A program of your own includes the
  * official one, of an ONNX Runtime release, and compiles unchanged. OrtApi is a table of function
  * pointers that only ever grows at its end, so that a member's place, its slot, is the same in
- * every version; unnamed slots are left out here. tests/onnx/test_onnx_example.py checks the places.
+ * every version; unnamed slots are left out here. tests/onnx/test_onnx_example.py checks the
+ * places.
  */
 #ifndef FEINWERK_TESTS_ONNXRUNTIME_C_API_H_
 #define FEINWERK_TESTS_ONNXRUNTIME_C_API_H_
