@@ -1,6 +1,6 @@
 """The ahead-of-time gate: compiles every kernel for real GPUs where there is none.
 
-python -m tests.triton_aot [--full] [--write] [--op OP] [--processes N] [--verbose]
+python -m tests.triton_aot [--full] [--write] [--op OP] [--one-in N] [--processes N] [--verbose]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="every input for every target")
     parser.add_argument("--write", action="store_true", help="write the record (with --full)")
     parser.add_argument("--op", help="the inputs of one op only; no record is compared")
+    parser.add_argument("--one-in", type=int, default=1, help="of each kernel's variants")
     parser.add_argument("--verbose", action="store_true", help="also the longest compilations")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
@@ -30,7 +31,8 @@ def main() -> int:
     gate.cache()
     start = time.perf_counter()
     full = options.full or options.write
-    outcome = gate.run(full, options.op, options.processes)
+    count = 1 if options.write else options.one_in
+    outcome = gate.run(full, options.op, options.processes, count)
     print(f"{gate.summary(outcome)}; {time.perf_counter() - start:.0f} s in all")
     for seconds, where in outcome.times[: 5 if options.verbose else 0]:
         print(f"{seconds:5.1f} s {where}")
