@@ -26,7 +26,7 @@ def test_every_op_and_every_error(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "iterations", [40, pytest.param(600, marks=pytest.mark.full)], ids=["short", "long"]
+    "iterations", [40, pytest.param(300, marks=pytest.mark.full)], ids=["short", "long"]
 )
 def test_fuzz(folder: Path, iterations: int) -> None:
     result = cbuild.run(folder / "fuzz", iterations, iterations)
