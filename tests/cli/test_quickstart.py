@@ -349,3 +349,7 @@ def test_the_real_quickstart_learns_in_a_few_steps(tmp_path):
     numbers = json.loads((tmp_path / "report.json").read_text())
     assert numbers["bytes"]["linears"] == 210
     assert numbers["fall"]["low"] > 0
+    # ONNX Runtime's logits are torch's; speeds are for a quiet machine to judge.
+    assert numbers["deployment"]["matches"]
+    speeds = numbers["deployment"]["tokens_per_second"]
+    assert speeds["ORT Feinwerk"] > speeds["ORT MatMulBnb4"]
