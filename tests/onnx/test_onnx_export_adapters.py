@@ -7,12 +7,28 @@ from typing import Any
 
 import pytest
 import torch
-from onnx_exports import FORMS, WITH, Each, initializers, layer_of, nf4_linear, run, session
+from onnx_exports import (
+    FORMS,
+    WITH,
+    WITHOUT,
+    Each,
+    initializers,
+    layer_of,
+    nf4_linear,
+    run,
+    session,
+)
 from torch import nn
 
 from feinwerk.nn import DoRALinear, LoRALinear, NF4Linear, disable_adapters
 from feinwerk.onnx import AdapterRoom, export
-from feinwerk.testing import assert_same_bits, assert_within, assert_within_budget, make_x
+from feinwerk.testing import (
+    assert_same_bits,
+    assert_within,
+    assert_within_budget,
+    linear_budget,
+    make_x,
+)
 from feinwerk.testing.adapters import AdapterCase, make_adapters
 
 N, K = 33, 96
@@ -163,8 +179,15 @@ class PeftNet(nn.Module):
         return self.k(self.q(x).relu())
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize(
+    ("quantized", "fused"),
+    [
+        (False, False),
+        pytest.param(False, True, marks=pytest.mark.full),
+        pytest.param(True, False, marks=pytest.mark.full),
+        (True, True),
+    ],
+)
 def test_peft(quantized: bool, fused: bool, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from feinwerk.integrations.peft import fuse
@@ -217,6 +240,47 @@ def _peft_truth(net: Any, x: torch.Tensor) -> Any:
     first = rounding * (K + 8) ** 0.5 * (x.double().abs() @ Wq.abs().t() + bias.abs())
     budget = first @ Wk.abs().t() + rounding * (N + 8) ** 0.5 * inner.abs() @ Wk.abs().t()
     return lambda peer: (truth, 2 * (peer - truth).abs().max() + budget)
+
+
+def test_room_in_dense_embeddings_and_conv1d(tmp_path: Path) -> None:
+    """And tensors of a wrapper that have a layer's names already."""
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(20, 32)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.embed, self.out = nn.Embedding(10, 32), conv1d
+            nn.init.normal_(conv1d.bias)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.out(self.embed(ids))
+
+    class Wrapper(nn.Module):
+        def __init__(self, net: Net) -> None:
+            super().__init__()
+            self.net, self.out = net, nn.Linear(20, 20)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.out(self.net(ids)) * 0 + self.net(ids)
+
+    net, ids, path = Net().eval(), torch.tensor([[1, 2, 3]]), tmp_path / "m.onnx"
+    room = AdapterRoom(["embed", "out"])
+    report = export(Wrapper(net).eval(), (ids,), path, adapters=room, root=net)
+    assert {layer.path for layer in report.layers} == {"embed", "out"}
+    with torch.no_grad():
+        rows, W = net.embed.weight[ids], net.out.weight.t()
+        assert_within_budget(run(path, WITH, (ids,))[0], rows, W, net.out.bias)
+        A, B = torch.randn(3, 10), torch.randn(32, 3)
+        replaced = {"embed.lora_A": A, "embed.lora_B": B, "embed.scaling": torch.ones(1)}
+        # (row + a B^T) W^T as one product.
+        wide = torch.cat([rows, A.t()[ids]], dim=-1)
+        tall = torch.cat([W, (W.double() @ B.double()).float()], dim=1)
+        (y,) = run(path, WITHOUT, (ids,), **replaced)
+        truth, budget = linear_budget(wide, tall, net.out.bias)
+        # And the rounding of the rows themselves, on its way through W.
+        size = (rows.abs() + A.t()[ids].abs() @ B.abs().t()).double() @ W.abs().t().double()
+        assert_within(y, truth, budget + 4 * 35**0.5 * 2.0**-24 * size, torch.float32)
 
 
 def test_room_names_layers(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def read_layer(path: str, module: nn.Module, room: AdapterRoom | None) -> Export
     """Read one layer; None if it is traced as it is."""
     layer = _read(path, module)
     if room is not None and room.covers(path):
-        if layer is None and _is_dense_linear(module):
+        if layer is None and (_is_dense_linear(module) or _is_dense_table(module)):
             layer = _bare(path, module, module)
         if layer is not None and layer.adapter is None:
             layer.adapter = _empty(layer, room.dora)
@@ -146,6 +146,10 @@ def _is_dense_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (
         type(module).__name__ == "Conv1D" and hasattr(module, "nf")
     )
+
+
+def _is_dense_table(module: nn.Module) -> bool:
+    return type(module) is nn.Embedding and module.max_norm is None
 
 
 def _bare(path: str, module: nn.Module, base: nn.Module) -> ExportLayer:

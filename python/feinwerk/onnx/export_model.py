@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -305,8 +306,12 @@ def _save(model: Any, path: Path, external: bool | None) -> dict[str, int]:
         _checks.reject(ValueError, OP, "external_data", rule, f"False for {total / 1e9:.1f} GB")
     data = f"{path.name}.data"
     path.parent.mkdir(parents=True, exist_ok=True)
-    ir.save(model, path, external_data=data if external else None)
-    names = [path.name, data] if external else [path.name]
+    names = [data, path.name] if external else [path.name]
+    # A failure, and a session that still reads an older file, leave each other alone.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        ir.save(model, Path(folder) / path.name, external_data=data if external else None)
+        for name in names:
+            os.replace(Path(folder) / name, path.parent / name)
     return {name: (path.parent / name).stat().st_size for name in names}
 
 

@@ -14,7 +14,6 @@ from feinwerk.onnx.node_forms import (
     DOMAIN,
     INPUTS,
     LOW_RANK,
-    NESTED,
     Node,
     function_of,
     why_not_contrib,
@@ -85,10 +84,23 @@ def _name_tensors(graph: Any, node: Node, path: str) -> None:
         if "feinwerk.named" in value.metadata_props:
             continue
         graph.initializers.pop(value.name)
+        _make_free(graph, f"{path}.{name}")
         value.name = f"{path}.{name}"
         value.const_value.name = value.name
         value.metadata_props["feinwerk.named"] = path
         graph.initializers[value.name] = value
+
+
+def _make_free(graph: Any, name: str) -> None:
+    """Rename what has a layer's name, as a tensor of a wrapper around the model may."""
+    other = graph.initializers.pop(name, None)
+    if other is None:
+        return
+    free = f"{name}.outer"
+    while free in graph.initializers:
+        free += "_"
+    other.name = other.const_value.name = free
+    graph.initializers[free] = other
 
 
 def _to_inputs(graph: Any, node: Node, path: str) -> list[str]:
@@ -208,4 +220,3 @@ def _fill(graph: Any, node: Node, present: tuple[str, ...]) -> None:
             zero = np.zeros(int(rows), ir.DataType(node.dtype).numpy())
             node.set(name, w.constant(zero, f"feinwerk.no_bias_{int(rows)}"))
     node.node.resize_inputs(arity)
-    assert not set(present) & set(NESTED) or node.nested
