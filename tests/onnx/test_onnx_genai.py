@@ -58,7 +58,10 @@ def make_model(adapter: str = "") -> Any:
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["feinwerk", "contrib", "portable"])
+FORMS = ["feinwerk", "contrib", pytest.param("portable", marks=pytest.mark.full)]
+
+
+@pytest.fixture(scope="module", params=FORMS)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported model in a folder of its own."""
     path: Path = tmp_path_factory.mktemp(request.param) / "model.onnx"
