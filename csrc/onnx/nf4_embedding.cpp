@@ -6,6 +6,20 @@ namespace feinwerk::onnx {
 
 namespace {
 
+// The output's type as attribute `to` gives it; undefined for one that the operator lacks.
+ort::ElementType element_type(int64_t to) {
+  switch (to) {
+    case ort::kFloat:
+      return ort::kFloat;
+    case ort::kFloat16:
+      return ort::kFloat16;
+    case ort::kBfloat16:
+      return ort::kBfloat16;
+    default:
+      return ort::kUndefined;
+  }
+}
+
 class Nf4Embedding {
  public:
   static constexpr const char* kName = "NF4Embedding";
@@ -22,8 +36,7 @@ class Nf4Embedding {
   enum : size_t { kIndices, kPacked, kAbsmax, kNestedAbsmax, kNestedCodebook, kNestedOffset };
 
   Nf4Embedding(const Node& node, const Types& types)
-      : dtype_(core_dtype(kName, "to",
-                          static_cast<ort::ElementType>(node.integer("to", ort::kFloat)))),
+      : dtype_(core_dtype(kName, "to", element_type(node.integer("to", ort::kFloat)))),
         weight_(node, {kPacked, kAbsmax, kNestedAbsmax, kNestedCodebook, kNestedOffset},
                 types.absmax == ort::kUint8) {}
 
@@ -57,7 +70,9 @@ class Nf4Embedding {
     if (!shapes.get(kIndices, &shape) || !shapes.integer("K", &columns) || columns < 1) return;
     shape.dims.push_back(columns);
     shape.names.emplace_back();
-    shape.type = static_cast<ort::ElementType>(to);
+    shape.type = element_type(to);
+    // A type that the operator lacks is refused when the kernel is created.
+    if (shape.type == ort::kUndefined) return;
     shapes.set_output(shape);
   }
 

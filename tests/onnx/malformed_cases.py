@@ -70,8 +70,12 @@ def attributes() -> Iterator[Case]:
         yield Case(f"{op}: block_size 32", base.having(block_size=32), (op, r"\babsmax\b"))
         yield Case(f"{op}: an attribute that it does not have", base.having(transB=1, other="x"))
     table = make("NF4Embedding").fixed()
-    for what in (0, -1, 7, 11, 2**31, HUGE, "float", 1.0, [1]):
-        yield Case(f"NF4Embedding: to {what!r}", table.having(to=what), ("NF4Embedding", r"\bto\b"))
+    # A type that ONNX has, one that it lacks, and two whose lower 32 bits are a right one's.
+    for what in (0, -1, 7, 11, 32, 2**31, 2**32 + 1, 10 - 2**32, HUGE, "float", 1.0, [1]):
+        for shapes in ("open", "exact"):
+            case = table.having(to=what).declared(shapes)
+            says = ("NF4Embedding", r"\bto\b")
+            yield Case(f"NF4Embedding: to {what!r}, shapes {shapes}", case, says)
     yield Case("NF4Embedding: to missing", table.having(to=None))
 
 

@@ -88,14 +88,18 @@ def _wrong_attributes(spec: Spec) -> set[str]:
 
 def _wrong_weight(spec: Spec, N: int, K: int) -> set[str]:
     blocks = -(-N * K // spec.attributes.get("block_size", 64))
-    nested = [name for name in NESTED if name in spec.inputs]
     wrong = set()
     if spec.inputs["packed"].numel() != (N * K + 1) // 2:
         wrong.add("packed")
     absmax = spec.inputs["absmax"]
     if absmax.numel() != blocks:
         wrong.add("absmax")
-    if (absmax.dtype is torch.uint8) != bool(nested) or len(nested) not in (0, len(NESTED)):
+    nested = [name for name in NESTED if name in spec.inputs]
+    if absmax.dtype is not torch.uint8:
+        # Beside fp32 a table of no elements is one that is absent.
+        filled = any(spec.inputs[name].numel() for name in nested)
+        return wrong | ({"absmax", *NESTED} if filled else set())
+    if len(nested) < len(NESTED):
         wrong |= {"absmax", *NESTED}
     counts = (-(-blocks // NESTED_BLOCKSIZE), 256, 1)
     for name, count in zip(NESTED, counts, strict=True):
@@ -129,9 +133,11 @@ def expected(spec: Spec) -> torch.Tensor:
         sizes: dict[str, int] = {}
     else:
         N, K = spec.attributes["N"], spec.attributes["K"]
-        offset = given.get("nested_offset")
-        nested = (given.get(NESTED[0]), given.get(NESTED[1]))
-        tables = (given["absmax"], *nested, None if offset is None else offset.reshape(()))
+        nested: list[torch.Tensor | None] = [None] * len(NESTED)
+        if given["absmax"].dtype is torch.uint8:
+            nested = [given[name].reshape(-1) for name in NESTED]
+            nested[2] = given["nested_offset"].reshape(())
+        tables = (given["absmax"], *nested)
         sizes = {"blocksize": spec.attributes.get("block_size", 64)}
     if spec.op == "NF4Embedding":
         dtype = TORCH_TYPES[spec.attributes.get("to", TensorProto.FLOAT)]
@@ -152,8 +158,8 @@ def _rows(
     sizes: dict[str, int],
 ) -> torch.Tensor:
     given = spec.inputs
-    bias, gain = given.get("bias"), given.get("gain")
-    gain = None if gain is None or not gain.numel() else gain
+    optional = (given.get("bias"), given.get("gain"))
+    bias, gain = (value if value is not None and value.numel() else None for value in optional)
     weight = given["weight"] if spec.op == "LoraLinear" else given["packed"]
     lora_A, lora_B, scaling = (given.get(name) for name in LOW_RANK)
     if lora_A is None or (lora_A.shape[0] == 0 and gain is None and spec.op != "LoraLinear"):
