@@ -80,6 +80,11 @@ def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         export(make_model(), (X,), tmp_path / "m.onnx")
 
 
+def test_inputs_that_do_not_fit_a_layer(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"export: layers\.layer must get K = 64 columns"):
+        export(make_model(), (torch.zeros(2, 65),), tmp_path / "m.onnx")
+
+
 class Calling(nn.Module):
     """A layer of ours, and a call that has no ONNX form."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_exports import FORMS, WITH, WITHOUT, Each, initializers, nf4_linear, nodes, run
+from onnx_exports import FORMS, WITH, WITHOUT, Each, initializers, nf4_linear, nodes, run, session
 from torch import nn
 
 import feinwerk
@@ -185,6 +185,21 @@ def test_a_layer_alone_and_keyword_inputs(tmp_path: Path) -> None:
     assert report.inputs == ("ids", "x")
     zeros = torch.zeros(2, 5, dtype=torch.int64)
     assert_within_budget(run(tmp_path / "k.onnx", WITH, (zeros, x))[0], x, weight.dense())
+
+
+def test_four_dimensions_and_none(tmp_path: Path) -> None:
+    """K stays a number of the file's, and the other dimensions are free."""
+    weight = make_weight(8, 96)
+    layer = nf4_linear(weight, None, torch.float32)
+    for ops in FORMS:
+        path = tmp_path / f"{ops}.onnx"
+        export(layer, (torch.zeros(1, 1, 1, 96),), path, ops=ops)
+        shape = session(path, True).get_inputs()[0].shape
+        assert shape[-1] == 96
+        assert not any(isinstance(size, int) for size in shape[:-1])
+        for sizes in ((2, 3, 1, 96), (0, 1, 2, 96)):
+            x = make_x(sizes, torch.float32)
+            assert_within_budget(run(path, FORMS[ops][0], (x,))[0], x, weight.dense())
 
 
 def test_a_block_size_that_matmulbnb4_lacks(tmp_path: Path) -> None:

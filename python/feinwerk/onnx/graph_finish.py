@@ -60,6 +60,7 @@ def finish(model: Any, ops: str, adapters_are_inputs: bool) -> Finished:
         _name_tensors(graph, node, path)
         if adapters_are_inputs and node.input("lora_A") is not None:
             inputs += _to_inputs(graph, node, path)
+    _fix_columns(graph, nodes)
     reports = [_report(node, ops) for node in nodes]
     custom = [node for node in nodes if ops == "feinwerk" and node.kind not in STANDARD_ONLY]
     _rewrite(model, [node for node in nodes if node not in custom], ops)
@@ -68,6 +69,28 @@ def finish(model: Any, ops: str, adapters_are_inputs: bool) -> Finished:
         if not value.uses() and not value.is_graph_input() and not value.is_graph_output():
             graph.initializers.pop(value.name)
     return Finished(reports, inputs, overloads)
+
+
+def _fix_columns(graph: Any, nodes: list[Node]) -> None:
+    """Write K where the trace has left a name for the size that a layer's weight fixes."""
+    import onnx_ir as ir
+
+    known: dict[str, int] = {}
+    for node in nodes:
+        x = node.input("x")
+        if x is not None and x.shape is not None and not isinstance(x.shape[-1], int):
+            dense = node.kind == "LoraLinear"
+            K = node.input("weight").shape[1] if dense else node.size("K")
+            known[str(x.shape[-1].value)] = int(K)
+    known.pop("None", None)  # a size without a name
+    if not known:
+        return
+    for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                size if isinstance(size, int) else known.get(str(size.value), size)
+                for size in value.shape
+            )
 
 
 def _take_path(node: Node) -> str:

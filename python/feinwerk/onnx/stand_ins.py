@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from feinwerk import _checks
 from feinwerk.nn import DoRAConv
 from feinwerk.nn.places import Place, places_of
-from feinwerk.onnx.export_layers import ExportLayer
+from feinwerk.onnx.export_layers import OP, ExportLayer
 from feinwerk.weight import NF4Weight
 
 DOMAIN, VERSION = "feinwerk", 1
@@ -94,6 +95,10 @@ class StandIn(nn.Module):
         return [getattr(self, name) for name in ADAPTER_PARTS]
 
     def _linear(self, x: torch.Tensor) -> torch.Tensor:
+        K = self.attributes["K"] if self.attributes else self.dense.shape[1]
+        # In a trace this also says that the dimension is no free one.
+        if x.shape[-1] != K:
+            _checks.reject(ValueError, OP, self.path, f"get K = {K} columns", tuple(x.shape))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         nested = [self._buffers.get(name) for name in NF4_PARTS[2:]]
         adapter = self._adapter()
