@@ -6,6 +6,7 @@ A Spec says what the node has, right or wrong; onnx_rules.py says what must come
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -202,11 +203,10 @@ def to_ort(value: torch.Tensor) -> onnxruntime.OrtValue:
 
 def to_torch(value: onnxruntime.OrtValue) -> torch.Tensor:
     dtype, shape = TORCH_TYPES[value.element_type()], value.shape()
-    data = (
-        ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes()) if 0 not in shape else b""
-    )
-    flat = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    return flat.reshape(shape)
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    data = ctypes.string_at(value.data_ptr(), math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
 
 def feed_of(spec: Spec) -> dict[str, onnxruntime.OrtValue]:
