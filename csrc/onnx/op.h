@@ -1,10 +1,11 @@
 // From a kernel class to the struct of functions that ONNX Runtime calls.
 //
 // A kernel class has
-//   kName, kInputs, kOutput                 its name, its inputs in order, whether it may lack an
-//   output Kernel(const Node&, const Types&)       reads attributes, throws Failure check(index,
-//   tensor)                    the rules of one input compute(Run&)                           one
-//   run infer(const Shapes&, const Types&)      the output's shape, as far as it is known
+//   - kName, kInputs and kOutput: its name, its inputs in order, whether it may lack an output;
+//   - Kernel(const Node&, const Types&), which reads attributes and throws Failure;
+//   - check(index, tensor): the rules of one input;
+//   - compute(const Run&): one run;
+//   - infer(const Shapes&): the output's shape, as far as it is known.
 //
 // A node's types choose among several structs of one name, since a custom operator cannot derive
 // its output's type from one of several inputs: one struct for each type of x and of absmax.
