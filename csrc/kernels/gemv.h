@@ -26,8 +26,9 @@ inline int64_t gemv_depth(const feinwerk_nf4_weight& w) { return round_up(w.cols
 // thread takes the next one, so units are large where that leaves enough of them.
 inline int64_t gemv_unit(const feinwerk_nf4_weight& w) { return w.rows >= 2048 ? 64 : kGemvGroup; }
 
-// Calls body(c, codes) for every chunk of n_rows neighbouring rows. Only the last chunk can be
-// short: its missing codes read as zero, and meet activations that are zero.
+// Calls body(c, codes) for every chunk of n_rows neighbouring rows. The last chunk can be half a
+// one, as K is a multiple of 64: its missing codes read as zero, and meet activations that are
+// zero.
 //
 // Rows are read side by side, but the lines kAhead bytes on are asked for one after the other, into
 // L2: this is the order that hardware prefetchers follow and join in. Side by side they do not, and
@@ -36,25 +37,24 @@ template <int n_rows, class Body>
 inline void for_each_chunk(const uint8_t* packed, int64_t row_bytes, int64_t cols,
                            const Body& body) {
   constexpr int64_t kBytes = kChunk / 2, kLine = 64, kAhead = 16384;
-  const int64_t chunks = round_up(cols, kChunk) / kChunk;
+  static_assert(kChunk <= 2 * kScaleBlock, "a short chunk is half a one");
+  const int64_t chunks = cols / kChunk;
   for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t bytes = min64(kBytes, cols / 2 - c * kBytes);
     I codes[n_rows];
 #pragma GCC unroll 4
     for (int r = 0; r < n_rows; ++r) {
-      const uint8_t* const row = packed + r * row_bytes + c * kBytes;
       const int64_t line = (c * n_rows + r) * kBytes;
       if (kBytes >= kLine || line % kLine == 0) __builtin_prefetch(packed + line + kAhead, 0, 2);
-      if (bytes == kBytes) {
-        codes[r] = load_dwords(row);
-      } else {
-        uint8_t part[kBytes] = {};
-        memcpy(part, row, static_cast<size_t>(bytes));
-        codes[r] = load_dwords(part);
-      }
+      codes[r] = load_dwords(packed + r * row_bytes + c * kBytes);
     }
     body(c, codes);
   }
+  if (kChunk <= kScaleBlock || cols % kChunk == 0) return;
+  I codes[n_rows];
+#pragma GCC unroll 4
+  for (int r = 0; r < n_rows; ++r)
+    codes[r] = load_half_dwords(packed + r * row_bytes + chunks * kBytes);
+  body(chunks, codes);
 }
 
 // fp32 activations.

@@ -1,5 +1,6 @@
 // A few rows of x: the matrix-vector kernels of gemv.h over units of rows of W, and their adapters.
-// shared: x packed, then T of the adapters; scratch: the scales of kGemvGroup rows of W.
+// shared: x packed, then T of the adapters; scratch: the scales of kGemvGroup rows of W, as the
+// kernels read them and as they lie in memory.
 #ifndef FEINWERK_KERNELS_LINEAR_VECTOR_H_
 #define FEINWERK_KERNELS_LINEAR_VECTOR_H_
 
@@ -9,7 +10,12 @@
 namespace feinwerk {
 namespace {
 
+// Of the scales of a row: one for every 64 elements, and one for the missing half of a chunk.
 int64_t scale_stride(const feinwerk_nf4_weight& w) { return gemv_depth(w) / kScaleBlock; }
+// Room for a group's scales, and for what a vector reads or writes beyond them.
+int64_t scales_bytes(const feinwerk_nf4_weight& w) {
+  return round_up((kGemvGroup * scale_stride(w) + kWidth) * 4, 64);
+}
 
 constexpr int64_t kPackParts = 4;  // of the ranks, each for a thread
 
@@ -22,8 +28,8 @@ ProductPlan vector_plan(const LinearArgs& args, int64_t packed_row_bytes) {
   plan.pack_units = args.adapter_count > 0 ? kPackParts : 1;
   plan.units = (args.weight.nf4.rows + gemv_unit(args.weight.nf4) - 1) / gemv_unit(args.weight.nf4);
   plan.shared_bytes = vector_t(packed_row_bytes) + round_up(t_floats(args, kGemvRows) * 4, 64);
-  plan.scratch_bytes = max64(round_up(kGemvGroup * scale_stride(args.weight.nf4) * 4, 64),
-                             args.adapter_count > 0 ? kShrinkBytes : 0);
+  plan.scratch_bytes =
+      max64(2 * scales_bytes(args.weight.nf4), args.adapter_count > 0 ? kShrinkBytes : 0);
   return plan;
 }
 
@@ -47,14 +53,19 @@ void for_each_group(const feinwerk_nf4_weight& w, int64_t unit, uint8_t* scratch
     rows.count = min64(kGemvGroup, end - rows.n);
     rows.packed = w.packed + rows.n * rows.row_bytes;
     prefetch_scales(w, (rows.n + kGemvGroup) * per_row, kGemvGroup * per_row);
-    if (rows.stride == per_row)
+    if (rows.stride == per_row) {
       read_scales(w, rows.n * per_row, rows.count * per_row, rows.scales);
-    else
+    } else {
+      // Spread by one a row; what a vector writes beyond its row, the next one overwrites.
+      auto* const flat = reinterpret_cast<float*>(scratch + scales_bytes(w));
+      read_scales(w, rows.n * per_row, rows.count * per_row, flat);
       for (int64_t r = 0; r < rows.count; ++r) {
         float* const scales = rows.scales + r * rows.stride;
-        read_scales(w, (rows.n + r) * per_row, per_row, scales);
-        for (int64_t i = per_row; i < rows.stride; ++i) scales[i] = 0;
+        for (int64_t i = 0; i < per_row; i += kWidth)
+          store(scales + i, load(flat + r * per_row + i));
+        scales[per_row] = 0;
       }
+    }
     body(rows);
   }
 }

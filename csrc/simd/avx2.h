@@ -102,6 +102,9 @@ inline F decode(const Table16& t, const uint8_t* p) {
   return lookup(t, _mm256_srlv_epi32(_mm256_set1_epi32(codes), shift));
 }
 inline I load_dwords(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline I load_half_dwords(const void* p) {
+  return _mm256_zextsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
 template <int j>
 inline F decode_nibble(const Table16& t, I v) {
   return lookup(t, _mm256_srli_epi32(v, 4 * j));

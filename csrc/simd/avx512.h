@@ -82,6 +82,9 @@ inline F decode(Table16 t, const uint8_t* p) {
   return _mm512_permutexvar_ps(_mm512_srlv_epi32(codes, shift), t);
 }
 inline I load_dwords(const void* p) { return _mm512_loadu_si512(p); }
+inline I load_half_dwords(const void* p) {
+  return _mm512_zextsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
 template <int j>
 inline F decode_nibble(Table16 t, I v) {
   return _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * j), t);

@@ -93,6 +93,9 @@ inline F decode(const Table16& t, const uint8_t* p) {
 inline I load_dwords(const void* p) {
   return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p)));
 }
+inline I load_half_dwords(const void* p) {
+  return vreinterpretq_s32_u8(vcombine_u8(vld1_u8(static_cast<const uint8_t*>(p)), vdup_n_u8(0)));
+}
 template <int j>
 inline F decode_nibble(const Table16& t, I v) {
   const uint32x4_t codes = vreinterpretq_u32_s32(v);

@@ -126,6 +126,11 @@ inline I load_dwords(const void* p) {
   memcpy(r.v, p, sizeof(r.v));
   return r;
 }
+inline I load_half_dwords(const void* p) {
+  I r = {};
+  memcpy(r.v, p, sizeof(r.v) / 2);
+  return r;
+}
 template <int j>
 inline F decode_nibble(const Table16& t, I v) {
   return lanes([&](int i) { return t.v[(static_cast<uint32_t>(v.v[i]) >> (4 * j)) & 15]; });

@@ -10,6 +10,7 @@
 //   Table16 table16 scale round_bf16 round_f16   16 values, looked up by the low 4 bits of a lane
 //   decode(table, p)           kWidth elements in natural order from kWidth / 2 packed bytes
 //   load_dwords(p)             kWidth dwords of packed bytes: 8 codes a lane
+//   load_half_dwords(p)        kWidth / 2 of them, and zeros in the upper lanes
 //   decode_nibble<j>(table, v) lane i: the element at bits [4j, 4j+4) of dword i
 //   spread8(p, c)              lane i: p[(c * kWidth + i) / 8], one value per 64 codes
 //   nf4_code<nan_high>(x, thresholds)  how many thresholds x exceeds; NaN gives 15 or 0

@@ -115,6 +115,9 @@ void test_arithmetic() {
       want[l] = static_cast<float>(whole[l]);
     }
     same_bits("load_dwords", fw::load_dwords(whole), whole, 0);
+    int32_t half_of[kWidth] = {};
+    memcpy(half_of, whole, sizeof(half_of) / 2);
+    same_bits("load_half_dwords", fw::load_half_dwords(whole), half_of, 0);
     same_bits("to_float", fw::to_float(fw::load_dwords(whole)), want, 0);
     float tree[kWidth];
     memcpy(tree, a, sizeof(tree));
