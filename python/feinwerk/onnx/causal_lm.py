@@ -43,6 +43,7 @@ class _Decoder(nn.Module):
         self.model = causal.model
         self.lm_head = causal.lm_head
         self.last_logits_only = last_logits_only
+        self.group = causal.config.num_attention_heads // _kv_heads(causal.config)
 
     def forward(
         self,
@@ -56,6 +57,7 @@ class _Decoder(nn.Module):
         hidden = decoder.embed_tokens(input_ids)
         rotation = _rotation(*decoder.rotary_emb(hidden, position_ids))
         bias = _attention_bias(attention_mask, input_ids.shape[1], past_length, hidden.dtype)
+        bias = bias.repeat(1, 1, self.group, 1)
         present: list[torch.Tensor] = []
         for index, layer in enumerate(decoder.layers):
             attention = layer.self_attn

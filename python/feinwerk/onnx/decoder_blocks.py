@@ -54,7 +54,8 @@ def cached_attention(
         projections: q [B, S, H*D], k and v [B, S, KV*D].
         past: key and value, [B, KV, P, D].
         rotation: cos and signed sin, [B, S, 1, D]: the first half of sin is negated.
-        bias: [B, 1, S, P + S], added to the scores.
+        bias: [B, 1, G * S, P + S], added to the scores: once for each head of a group, so that no
+            layer has to give the scores another shape.
         past_length: P, the same symbol for every layer.
 
     Returns:
@@ -109,8 +110,6 @@ def functions(heads: int, kv_heads: int, head_size: int, eps: float, opset: int)
         of_heads = Constant <value_ints = [0, 0, {both}, {head_size}]> ()
         of_values = Constant <value_ints = [0, 0, {kv_heads}, {head_size}]> ()
         of_groups = Constant <value_ints = [0, {kv_heads}, -1, {head_size}]> ()
-        per_head = Constant <value_ints = [0, {heads}, -1, 0]> ()
-        per_group = Constant <value_ints = [0, {kv_heads}, -1, 0]> ()
         of_output = Constant <value_ints = [0, {heads}, -1, {head_size}]> ()
         flat = Constant <value_ints = [0, 0, {heads * head_size}]> ()
         counts = Constant <value_ints = [{heads}, {kv_heads}]> ()
@@ -133,12 +132,10 @@ def functions(heads: int, kv_heads: int, head_size: int, eps: float, opset: int)
         grouped = Reshape (query, of_groups)
         small = Mul (grouped, scale)
         key_columns = Transpose <perm = [0, 1, 3, 2]> (key)
-        products = MatMul (small, key_columns)
-        scores = Reshape (products, per_head)
+        scores = MatMul (small, key_columns)
         biased = Add (scores, bias)
         weights = Softmax <axis = -1> (biased)
-        group_weights = Reshape (weights, per_group)
-        mixed = MatMul (group_weights, value)
+        mixed = MatMul (weights, value)
         heads_out = Reshape (mixed, of_output)
         rows_out = Transpose <perm = [0, 2, 1, 3]> (heads_out)
         y = Reshape (rows_out, flat)
