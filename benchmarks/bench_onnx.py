@@ -8,7 +8,7 @@ Ours and its peers take turns, A B A B; a figure is the median of the pairwise r
 and 90th percentile and a bootstrap interval. Up to M = 4 a session holds copies of its node with
 weights that exceed the last-level cache together, so that every weight comes from memory; above,
 one node. Memory is the growth of the peak resident set while a session is created, in a process of
-its own.
+its own. Last comes a whole chat model, token by token (onnx_decode.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import machine, peers
+from benchmarks import machine, onnx_decode, peers
 from benchmarks.harness import Candidate, Paired, paired
 from benchmarks.problem import Problem, dense_weight, nf4_weight
 from benchmarks.text import number, table
@@ -229,6 +229,18 @@ def lines_of(record: dict[str, Any]) -> list[tuple[str, ...]]:
     return [(shape, str(M), what, figure, spread, *times, bar, verdict)]
 
 
+def decode_line(record: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the table of the chat model."""
+    f, bar = record["ratio"], onnx_decode.BAR if record["peer"] == onnx_decode.CONTRIB else ""
+    return (
+        record["peer"], f"{number(f['median'])}x [{number(f['low'])}, {number(f['high'])}]",
+        f"{number(f['p10'])} to {number(f['p90'])}",
+        f"{record['tokens_s']:.1f}", f"{record['peer_tokens_s']:.1f}",
+        f"{record['bytes'] / 2**20:.0f}", f"{record['peer_bytes'] / 2**20:.0f}",
+        bar, ("met" if within(f["median"], bar) else "missed") if bar else "",
+    )  # fmt: skip
+
+
 def page(data: dict[str, Any]) -> str:
     """The tables, from what has been measured and nothing else."""
     facts = data["machine"]
@@ -245,6 +257,8 @@ def page(data: dict[str, Any]) -> str:
             (record["op"], f"{record['packed'] / 2**20:.1f}", *(f"{r:.2f}x" for r in ratios),
              f"< {MEMORY_BAR}x" if ours else "", met)
         )  # fmt: skip
+    decode_head = ("peer", "faster than it by [95 %]", "10th to 90th percentile", "ours tokens/s",
+                   "peer tokens/s", "ours MiB", "peer MiB", "required", "")  # fmt: skip
     memory_head = ("operator", "packed MiB", "created", "after a run", "required", "")
     return "\n".join(
         [
@@ -268,6 +282,15 @@ def page(data: dict[str, Any]) -> str:
             "and after one run with one row.",
             "",
             *table(memory_head, grown),
+            "",
+            "## A chat model, token by token", "",
+            "SmolLM2-135M-Instruct, NF4 with a LoRA adapter of rank 16 on every decoder layer, one "
+            f"text, a token after {onnx_decode.PAST} others; head and embedding are dense "
+            "everywhere. MatMulBnb4 has the adapter as constants, MatMul has it merged. "
+            f"Other processes used up to {max(r['others_share'] for r in data['decode']):.0%} of "
+            "the cores.",
+            "",
+            *table(decode_head, [decode_line(record) for record in data["decode"]]),
             "",
         ]
     )  # fmt: skip
@@ -293,6 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         for record in speeds(1.0 if options.quick else 20.0):
             data["speeds"].append(record)
             print(" | ".join(lines_of(record)[0]), flush=True)
+        data["decode"] = onnx_decode.measure(3.0 if options.quick else 30.0, THREADS)
         print(f"{time.perf_counter() - started:.0f} s")
         if options.quick:
             print(page(data))

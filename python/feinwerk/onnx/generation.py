@@ -123,6 +123,9 @@ class CachedSession:
         session: over a file of `export_causal_lm`.
         batch: rows of every run.
         run_options: onnxruntime.RunOptions, for adapters.
+
+    Attributes:
+        cache: the OrtValues that the next run reads, key and value of each layer in turn.
     """
 
     def __init__(self, session: Any, batch: int, run_options: Any = None) -> None:
@@ -138,7 +141,7 @@ class CachedSession:
         self._outputs = ["logits"]
         self._outputs += [f"present.{i}.{part}" for i in layers for part in ("key", "value")]
         shape = (batch, facts["kv_heads"], 0, facts["head_size"])
-        self._cache = [self._value(np.zeros(shape, dtype=np.float32)) for _ in self._past]
+        self.cache = [self._value(np.zeros(shape, dtype=np.float32)) for _ in self._past]
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Feed new tokens and return the logits of the last of them.
@@ -151,13 +154,11 @@ class CachedSession:
         Returns:
             fp32 [batch, vocab].
         """
-        feeds = dict(zip(self._past, self._cache, strict=True))
+        feeds = dict(zip(self._past, self.cache, strict=True))
         feeds["input_ids"] = self._value(np.ascontiguousarray(ids))
         feeds["attention_mask"] = self._value(np.ascontiguousarray(mask))
         feeds["position_ids"] = self._value(np.ascontiguousarray(position))
-        logits, *self._cache = self._session.run_with_ort_values(
-            self._outputs, feeds, self._options
-        )
+        logits, *self.cache = self._session.run_with_ort_values(self._outputs, feeds, self._options)
         rows: np.ndarray = logits.numpy()
         return rows[:, -1]
 
