@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -79,3 +80,5 @@ def report_kinds(run: Callable[[Path, str, bool], dict[str, Any]]) -> None:
     if resume == "save":
         report |= {f"{kind} again": run(Path(folder), kind, True) for kind in kinds}
     Path(results, f"{os.environ['RANK']}.json").write_text(json.dumps(report))
+    if dist.is_initialized():
+        dist.destroy_process_group()  # gloo's threads, still running at the exit, may abort it
