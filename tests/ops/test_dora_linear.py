@@ -136,7 +136,7 @@ def test_an_output_changed_in_place(
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-@pytest.mark.parametrize("times", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("times", [1.0, 30.0, 1100.0])
 def test_a_bias_that_swallows_the_output(backend: str, dtype: torch.dtype, times: float) -> None:
     for rows in (1, 4, 33):
         case = dora(33, 130, rows, 5, dtype=dtype, bias=torch.float32)
@@ -145,8 +145,9 @@ def test_a_bias_that_swallows_the_output(backend: str, dtype: torch.dtype, times
         size = plain.bounds()["y"][0].abs().max()
         large = dataclasses.replace(case, bias=case.bias.sign() * (times * size).float())
         got = large.check()
-        if times == 1000.0 or (times > 1 and dtype is not torch.float32):
-            # The saved output says nothing: the gradient is as near as without a bias.
+        if times == 1100.0 or (times > 1 and dtype is not torch.float32):
+            # The saved output says nothing (in fp32 above 1,024): the gradient is as near as
+            # without a bias.
             plain.check({"magnitude0": got["magnitude0"]})
 
 

@@ -293,7 +293,10 @@ def _rounded_gradient(case: AdapterCase) -> torch.Tensor:
     scaled = ((gain if case.dropout_p == 0 else gain - 1) * case.grad_y.reshape(-1, case.N)).abs()
     scaled = torch.where(gain == 1, 0.0, scaled)
     rounding = FP16_ROUNDING if case.x.dtype is torch.float16 else BF16_ROUNDING
-    return (rounding * scaled @ W * case.dropout_factor()).reshape(case.x.shape)
+    # What is subnormal is off by half of the smallest number.
+    least = torch.where(scaled > 0, ulp(scaled, case.x.dtype) / 2, 0)
+    off = torch.maximum(rounding * scaled, least)
+    return (off @ W * case.dropout_factor()).reshape(case.x.shape)
 
 
 def _rounded_products(case: AdapterCase, truth: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
