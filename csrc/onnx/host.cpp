@@ -117,13 +117,7 @@ Tensor Inputs::get(const OrtKernelContext* context, size_t index) const {
 }
 
 Tensor Inputs::read(const OrtValue* value, size_t index) const {
-  struct Info {
-    const ort::Api* api;
-    OrtTensorTypeAndShapeInfo* pointer = nullptr;
-    ~Info() {
-      if (pointer) ort::ReleaseTensorTypeAndShapeInfo(api, pointer);
-    }
-  } info{api_};
+  TypeAndShape info(api_);
   Tensor tensor;
   int32_t type = 0;
   size_t rank = 0;

@@ -44,6 +44,18 @@ OrtStatus* guarded(const ort::Api* api, Body&& body) noexcept {
   }
 }
 
+// Type and shape as ONNX Runtime hands them out, released at the end.
+struct TypeAndShape {
+  explicit TypeAndShape(const ort::Api* api) : api(api) {}
+  TypeAndShape(const TypeAndShape&) = delete;
+  TypeAndShape& operator=(const TypeAndShape&) = delete;
+  ~TypeAndShape() {
+    if (pointer) ort::ReleaseTensorTypeAndShapeInfo(api, pointer);
+  }
+  const ort::Api* api;
+  OrtTensorTypeAndShapeInfo* pointer = nullptr;
+};
+
 constexpr int kMaxRank = 16;
 
 // An input's place in memory. One that is absent, or has no elements, has no data.

@@ -10,6 +10,21 @@ namespace {
 
 constexpr int64_t kFloatBytes = 4;
 
+// What both products take: x, where y goes, and how many rows there are.
+template <class Args>
+Args begin(const Run& run, const Tensor& x, int64_t n, int64_t k, const void* bias,
+           feinwerk_dtype dtype) {
+  Args args = {};
+  args.x = x.data;
+  args.y = output(run.api(), run.context, x, x.rank - 1, n);
+  args.dtype = dtype;
+  args.m = x.count / k;
+  args.bias = bias;
+  args.bias_dtype = dtype;
+  args.compute = FEINWERK_COMPUTE_EXACT;
+  return args;
+}
+
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kScratchAlignment) * kScratchAlignment; }
 
 }  // namespace
@@ -54,18 +69,10 @@ AdapterInputs::Adapter AdapterInputs::read(const Run& run) const {
 
 void run_nf4_linear(const Run& run, const Tensor& x, const feinwerk_nf4_weight& weight,
                     const void* bias, feinwerk_dtype dtype) {
-  const int64_t rows = x.count / weight.cols;
-  feinwerk_nf4_linear_args args = {};
+  auto args = begin<feinwerk_nf4_linear_args>(run, x, weight.rows, weight.cols, bias, dtype);
   args.weight = weight;
-  args.x = x.data;
-  args.y = output(run.api(), run.context, x, x.rank - 1, weight.rows);
-  args.dtype = dtype;
-  args.m = rows;
-  args.bias = bias;
-  args.bias_dtype = dtype;
-  args.compute = FEINWERK_COMPUTE_EXACT;
-  if (rows == 0) return;
-  require(feinwerk_nf4_linear_workspace(rows, weight.rows, weight.cols, weight.blocksize, dtype,
+  if (args.m == 0) return;
+  require(feinwerk_nf4_linear_workspace(args.m, weight.rows, weight.cols, weight.blocksize, dtype,
                                         args.compute, task_count(), &args.workspace_bytes));
   const Scratch scratch(args.workspace_bytes);
   args.workspace = scratch.data();
@@ -76,23 +83,16 @@ void run_nf4_linear(const Run& run, const Tensor& x, const feinwerk_nf4_weight& 
 void run_lora_linear(const Run& run, const Tensor& x, const feinwerk_weight& weight,
                      const AdapterInputs::Adapter& adapter, const void* bias,
                      feinwerk_dtype dtype) {
-  const int64_t n = weight.nf4.rows, rows = x.count / weight.nf4.cols;
-  feinwerk_lora_linear_args args = {};
+  const int64_t n = weight.nf4.rows;
+  auto args = begin<feinwerk_lora_linear_args>(run, x, n, weight.nf4.cols, bias, dtype);
   args.weight = weight;
-  args.x = x.data;
-  args.y = output(run.api(), run.context, x, x.rank - 1, n);
-  args.dtype = dtype;
-  args.m = rows;
-  args.bias = bias;
-  args.bias_dtype = dtype;
-  args.compute = FEINWERK_COMPUTE_EXACT;
-  if (rows == 0) return;
+  if (args.m == 0) return;
   feinwerk_adapter one = {};
   one.r = adapter.r;
   one.lora_A = adapter.lora_A;
   one.lora_B = adapter.lora_B;
   one.scaling = adapter.scaling;
-  one.row_end = rows;
+  one.row_end = args.m;
   // The gain is magnitude / weight_norm already: a norm of one leaves its bits as they are.
   one.magnitude = adapter.gain;
   one.weight_norm_known = adapter.gain != nullptr;
@@ -104,7 +104,7 @@ void run_lora_linear(const Run& run, const Tensor& x, const feinwerk_weight& wei
   if (adapter.gain) one.weight_norm = &unread;
   require(feinwerk_lora_linear_workspace(&args, task_count(), &args.workspace_bytes));
   const int64_t s_bytes =
-      aligned(checked_product(run.inputs.op(), "rows x r", rows, adapter.r) * kFloatBytes);
+      aligned(checked_product(run.inputs.op(), "rows x r", args.m, adapter.r) * kFloatBytes);
   const int64_t norm_bytes = adapter.gain ? aligned(n * kFloatBytes) : 0;
   const int64_t workspace_bytes = aligned(args.workspace_bytes);
   const Scratch scratch(workspace_bytes + s_bytes + norm_bytes);

@@ -14,7 +14,7 @@ void check_vector(const char* op, const char* name, const Tensor& tensor, int64_
 class AdapterInputs {
  public:
   AdapterInputs(const char* op, size_t first) : op_(op), first_(first) {}
-  // Whether `index` is one of them, and then checked, against N and K where they are not negative.
+  // Whether `index` is one of them, and then checked, against N and K.
   bool check(size_t index, const char* name, const Tensor& tensor, int64_t n, int64_t k) const;
   // Checks them against each other. Rank 0 without a gain is no adapter: adapter_count is 0.
   struct Adapter {

@@ -12,6 +12,7 @@
 #ifndef FEINWERK_ONNX_OP_H_
 #define FEINWERK_ONNX_OP_H_
 
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -40,7 +41,7 @@ struct InputRule {
 struct Run {
   const Inputs& inputs;
   OrtKernelContext* context;
-  std::vector<Tensor> tensors;  // checked
+  const Tensor* tensors;  // one for every input, checked
 
   const ort::Api* api() const { return inputs.api(); }
   const Tensor& operator[](size_t index) const { return tensors[index]; }
@@ -88,17 +89,17 @@ class Instance {
       if (inputs_.is_constant(i)) kernel_.check(i, inputs_.constant(i));
   }
   void compute(OrtKernelContext* context) const {
-    Run run{inputs_, context, std::vector<Tensor>(size())};
+    Tensor tensors[size()];
     for (size_t i = 0; i < size(); ++i) {
-      run.tensors[i] = inputs_.get(context, i);
-      if (run.tensors[i].exists && !inputs_.is_constant(i)) kernel_.check(i, run.tensors[i]);
+      tensors[i] = inputs_.get(context, i);
+      if (tensors[i].exists && !inputs_.is_constant(i)) kernel_.check(i, tensors[i]);
     }
-    kernel_.compute(run);
+    kernel_.compute({inputs_, context, tensors});
   }
   const ort::Api* api() const { return inputs_.api(); }
 
  private:
-  static constexpr size_t size() { return sizeof(Kernel::kInputs) / sizeof(Kernel::kInputs[0]); }
+  static constexpr size_t size() { return std::size(Kernel::kInputs); }
   static const char* const* names() {
     static const auto list = [] {
       std::vector<const char*> all;
@@ -122,9 +123,7 @@ OpStruct* make_struct(const ort::Api* api, bool infers_shapes, const Types& type
   op->version = ort::kApiVersion;
   op->get_name = [](const ort::CustomOp*) { return Kernel::kName; };
   op->get_provider = [](const ort::CustomOp*) { return "CPUExecutionProvider"; };
-  op->get_input_count = [](const ort::CustomOp*) -> size_t {
-    return sizeof(Kernel::kInputs) / sizeof(Kernel::kInputs[0]);
-  };
+  op->get_input_count = [](const ort::CustomOp*) -> size_t { return std::size(Kernel::kInputs); };
   op->get_input_type = [](const ort::CustomOp* self, size_t index) {
     const Types& types = static_cast<const OpStruct*>(self)->types;
     switch (Kernel::kInputs[index].type) {

@@ -48,13 +48,7 @@ bool Shapes::integer(const char* name, int64_t* value) const {
 }
 
 void Shapes::set_output(const Shape& shape) const {
-  struct Info {
-    const ort::Api* api;
-    OrtTensorTypeAndShapeInfo* pointer = nullptr;
-    ~Info() {
-      if (pointer) ort::ReleaseTensorTypeAndShapeInfo(api, pointer);
-    }
-  } info{api_};
+  TypeAndShape info(api_);
   require(api_, ort::CreateTensorTypeAndShapeInfo(api_, &info.pointer));
   require(api_, ort::SetTensorElementType(api_, info.pointer, shape.type));
   require(api_, ort::SetDimensions(api_, info.pointer, shape.dims.data(), shape.dims.size()));
