@@ -12,7 +12,10 @@ from feinwerk import _checks
 from feinwerk.nn import Adapter, NF4Linear
 from feinwerk.nn.lora import is_conv1d
 from feinwerk.onnx.adapter_inputs import AdapterInputs
+from feinwerk.onnx.export_checks import unwrapped
+from feinwerk.onnx.node_forms import INPUTS, NESTED
 from feinwerk.ops import row_norms, weight_norm
+from feinwerk.weight import NF4Weight
 
 _Tables = tuple[torch.Tensor | None, ...]
 
@@ -25,20 +28,36 @@ class Base:
     tables: _Tables
     shape: tuple[int, int]
     blocksize: int = 64
+    dtype: torch.dtype | None = None  # what W is rounded to, as in `feinwerk.weight_norm`
 
-    def weight_norm(self, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Return ||W + scaling B A|| of every row, fp32 [N], by the steps of DoRALinear."""
+    def gain(
+        self, magnitude: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Return magnitude / ||W + scaling B A||, fp32 [N], by the steps of DoRALinear."""
+        options: Any = {"blocksize": self.blocksize, "dtype": self.dtype}
         with torch.no_grad():
-            base_norm = row_norms(
-                self.weight, *self.tables, shape=self.shape, blocksize=self.blocksize
+            base_norm = row_norms(self.weight, *self.tables, shape=self.shape, **options)
+            norm = weight_norm(
+                self.weight, A, B, *self.tables, scaling=scaling, base_norm=base_norm, **options
             )
-            return weight_norm(
-                self.weight, A, B, *self.tables, scaling=scaling, base_norm=base_norm,
-                blocksize=self.blocksize,
-            )  # fmt: skip
+        return gain_of(magnitude, norm)
 
 
 _NO_TABLES: _Tables = (None, None, None, None)
+
+
+def gain_of(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """One division in fp32; 0 for a row of norm zero, which has no direction."""
+    return torch.where(norm > 0, magnitude.detach().float() / norm, 0.0)
+
+
+def base_of_weight(weight: NF4Weight | torch.Tensor) -> Base:
+    """A weight [N, K] as it stands."""
+    if isinstance(weight, NF4Weight):
+        tables = (weight.absmax, weight.nested_absmax, weight.nested_codebook, weight.nested_offset)
+        rows, columns = weight.shape
+        return Base(weight.packed, tables, (rows, columns), weight.blocksize, weight.dtype)
+    return Base(weight.detach(), _NO_TABLES, (weight.shape[0], weight.shape[1]))
 
 
 def layer_of_module(op: str, model: nn.Module, name: str) -> nn.Module:
@@ -56,9 +75,7 @@ def layer_of_module(op: str, model: nn.Module, name: str) -> nn.Module:
         ValueError: if there is no such layer.
         TypeError: if it is of another kind.
     """
-    wrapped: Any = model
-    if hasattr(model, "get_base_model"):
-        wrapped = wrapped.get_base_model()
+    wrapped = unwrapped(model)
     try:
         layer: nn.Module = wrapped.get_submodule(name)
     except AttributeError:
@@ -84,13 +101,10 @@ def sizes_of_module(layer: nn.Module) -> tuple[int, int]:
 
 def base_of_module(layer: nn.Module) -> Base:
     """The weight of a linear layer, on CPU."""
-    shape = sizes_of_module(layer)
     if isinstance(layer, NF4Linear):
-        w = layer.nf4_weight.to("cpu")
-        tables = (w.absmax, w.nested_absmax, w.nested_codebook, w.nested_offset)
-        return Base(w.packed, tables, shape, w.blocksize)
-    weight = layer.get_parameter("weight").detach().cpu()
-    return Base(weight.t().contiguous() if is_conv1d(layer) else weight, _NO_TABLES, shape)
+        return base_of_weight(layer.nf4_weight.to("cpu"))
+    weight = layer.get_parameter("weight").cpu()
+    return base_of_weight(weight.t().contiguous() if is_conv1d(layer) else weight)
 
 
 def base_of_graph(op: str, graph: AdapterInputs, name: str) -> Base:
@@ -112,8 +126,7 @@ def base_of_graph(op: str, graph: AdapterInputs, name: str) -> Base:
             if node.op_type == "NF4LoraLinear":
                 return _nf4_base(op, graph, name, node)
             if node.op_type == "LoraLinear":
-                weight = _tensor(op, graph, name, node.input[1])
-                return Base(weight, _NO_TABLES, (weight.shape[0], weight.shape[1]))
+                return base_of_weight(_tensor(op, graph, name, node.input[1]))
     rule = 'name a graph of ops="feinwerk" for a folder with DoRA, which needs W (or load the '
     rule += "folder by feinwerk.nn.load_adapter, and save that model)"
     got = f"no NF4LoraLinear or LoraLinear that takes {name}.lora_A"
@@ -122,14 +135,15 @@ def base_of_graph(op: str, graph: AdapterInputs, name: str) -> Base:
 
 def _nf4_base(op: str, graph: AdapterInputs, name: str, node: Any) -> Base:
     sizes = {attribute.name: attribute.i for attribute in node.attribute}
-    # x, packed, absmax, lora_A, lora_B, scaling, gain, bias, then the three nested tensors
-    packed, absmax = (_tensor(op, graph, name, key) for key in node.input[1:3])
-    nested = [_tensor(op, graph, name, key) for key in node.input[8:11] if key]
-    tables: list[torch.Tensor | None] = [absmax, *nested]
-    if len(nested) == 3:
-        tables[3] = nested[2].reshape(())
-    tables += [None] * (4 - len(tables))
-    return Base(packed, tuple(tables), (sizes["N"], sizes["K"]), sizes.get("block_size", 64))
+    keys = dict(zip(INPUTS[node.op_type], node.input, strict=False))
+    packed, absmax = (_tensor(op, graph, name, keys[part]) for part in ("packed", "absmax"))
+    nested: list[torch.Tensor | None] = [
+        _tensor(op, graph, name, keys[part]) if keys.get(part) else None for part in NESTED
+    ]
+    if nested[2] is not None:
+        nested[2] = nested[2].reshape(())
+    shape = sizes["N"], sizes["K"]
+    return Base(packed, (absmax, *nested), shape, sizes.get("block_size", 64))
 
 
 def _tensor(op: str, graph: AdapterInputs, name: str, key: str) -> torch.Tensor:

@@ -31,6 +31,7 @@ from feinwerk.onnx.adapter_base import (
     Base,
     base_of_graph,
     base_of_module,
+    gain_of,
     layer_of_module,
     sizes_of_module,
 )
@@ -107,8 +108,8 @@ def save_adapter(
             _check_sizes(name, layer, sizes_of_module(layer_of_module(_OP, model, name)))
     for name, layer in layers.items():
         if layer.magnitude is not None and layer.gain is None:
-            norm = _base(name, layer, model, graph).weight_norm(layer.A, layer.B, layer.scaling)
-            gain = _gain(layer.magnitude, norm)
+            base = _base(name, layer, model, graph)
+            gain = base.gain(layer.magnitude, layer.A, layer.B, layer.scaling)
             layers[name] = _Layer(layer.A, layer.B, layer.scaling, layer.magnitude, gain)
     values = {
         name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
@@ -135,7 +136,8 @@ def _of_model(model: nn.Module) -> dict[str, _Layer]:
         layers[name] = _Layer(
             _fp32(adapter.lora_A), _fp32(adapter.lora_B), float(adapter.scaling),
             _fp32(adapter.magnitude) if isinstance(adapter, DoRA) else None,
-            _gain(adapter.magnitude, adapter.weight_norm()) if isinstance(adapter, DoRA) else None,
+            _fp32(gain_of(adapter.magnitude, adapter.weight_norm()))
+            if isinstance(adapter, DoRA) else None,
         )  # fmt: skip
     if not layers:
         rule = "contain Feinwerk's adapters (save PEFT's by save_pretrained and name the folder)"
@@ -175,11 +177,6 @@ def _of_folder(folder: Path) -> dict[str, _Layer]:
 
 def _fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous()
-
-
-def _gain(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """One division in fp32; 0 for a row of norm zero, which has no direction."""
-    return torch.where(norm > 0, magnitude.detach().float() / norm, 0.0).cpu()
 
 
 def _base(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from torch import nn
 
 from feinwerk import _checks
 from feinwerk.onnx import decoder_blocks
+from feinwerk.onnx.export_checks import unwrapped
+from feinwerk.onnx.generation import METADATA_KEY
 
 _OP = "export_causal_lm"
-METADATA_KEY = "feinwerk.causal_lm"
 _FED = ("input_ids", "attention_mask", "position_ids")
 # Decoders of one form: RMSNorm, rotary attention with grouped heads, gated MLP, two residuals.
 MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -141,8 +143,16 @@ def export_causal_lm(
     _check(causal)
     layers = config.num_hidden_layers
     kv_heads, head_size = _kv_heads(config), _head_size(config)
+    facts = {
+        "layers": layers,
+        "kv_heads": kv_heads,
+        "head_size": head_size,
+        "vocab_size": config.vocab_size,
+        "max_length": config.max_position_embeddings,
+        "eos_token_id": _eos(causal, eos_token_id),
+    }
     with _in_eval_mode(causal):
-        report = export(
+        return export(
             _Decoder(causal, last_logits_only).eval(),
             _example_inputs(layers, kv_heads, head_size),
             path,
@@ -155,50 +165,21 @@ def export_causal_lm(
                 *_cache("past_key_values", layers),
             ],
             output_names=["logits", *_cache("present", layers)],
+            metadata={**options.pop("metadata", {}), METADATA_KEY: json.dumps(facts)},
+            functions=partial(
+                decoder_blocks.functions,
+                config.num_attention_heads,
+                kv_heads,
+                head_size,
+                config.rms_norm_eps,
+            ),
             **options,
         )
-    facts = {
-        "layers": layers,
-        "kv_heads": kv_heads,
-        "head_size": head_size,
-        "vocab_size": config.vocab_size,
-        "max_length": config.max_position_embeddings,
-        "eos_token_id": _eos(causal, eos_token_id),
-    }
-    _finish(Path(path), config, facts)
-    return report
-
-
-def _finish(path: Path, config: Any, facts: dict[str, Any]) -> None:
-    """Add the blocks' functions and the metadata to the file; external data stays untouched."""
-    import onnx
-
-    proto = onnx.load(path, load_external_data=False)
-    opset = next(entry.version for entry in proto.opset_import if entry.domain == "")
-    proto.functions.extend(
-        decoder_blocks.functions(
-            config.num_attention_heads,
-            facts["kv_heads"],
-            facts["head_size"],
-            config.rms_norm_eps,
-            opset,
-        )
-    )
-    # A trace imports every domain it has met; the file only what it uses.
-    used = {"", *(node.domain for node in proto.graph.node)}
-    kept = [entry for entry in proto.opset_import if entry.domain in used]
-    del proto.opset_import[:]
-    proto.opset_import.extend(kept)
-    entry = proto.metadata_props.add()
-    entry.key, entry.value = METADATA_KEY, json.dumps(facts)
-    path.write_bytes(proto.SerializeToString())
 
 
 def _causal_model(model: nn.Module) -> Any:
     """Return the transformers model inside `model`, after checking that it is one we know."""
-    causal: Any = model
-    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-        causal = model.get_base_model()  # type: ignore[operator]
+    causal: Any = unwrapped(model)
     kind = getattr(getattr(causal, "config", None), "model_type", None)
     if kind not in MODEL_TYPES or not hasattr(causal, "lm_head"):
         rule = f"be a causal LM of type {', '.join(MODEL_TYPES)}"

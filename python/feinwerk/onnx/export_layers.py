@@ -15,13 +15,13 @@ from torch import nn
 from feinwerk import _checks
 from feinwerk.nn import Adapter, NF4Embedding, NF4Linear
 from feinwerk.nn.dora import DoRA
+from feinwerk.nn.lora import is_conv1d
 from feinwerk.nn.lora_conv import LoRAConv
 from feinwerk.nn.nf4_module import NF4Module
 from feinwerk.nn.places import Place, matches, places_of
-from feinwerk.ops import row_norms, weight_norm
+from feinwerk.onnx.adapter_base import base_of_weight
+from feinwerk.onnx.export_checks import OP
 from feinwerk.weight import NF4Weight
-
-OP = "export"
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,7 @@ def _read(path: str, module: nn.Module) -> ExportLayer | None:
 
 
 def _is_dense_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or (
-        type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    )
+    return type(module) is nn.Linear or is_conv1d(module)
 
 
 def _is_dense_table(module: nn.Module) -> bool:
@@ -160,7 +158,7 @@ def _bare(path: str, module: nn.Module, base: nn.Module) -> ExportLayer:
         parameter = base._parameters["weight"]
         assert parameter is not None
         weight = parameter
-        if type(base).__name__ == "Conv1D":
+        if is_conv1d(base):
             weight = parameter.detach().t().contiguous()
     layer = ExportLayer(path, module, base, weight, base._parameters.get("bias"))
     if getattr(base, "compute", "exact") != "exact":
@@ -236,31 +234,9 @@ def _peft_values(
         )
     scaling, gain = float(module.scaling[name]), None
     if dora:
-        magnitude = magnitudes[name].weight.detach().float()
-        norm = adapted_norm(weight, A.weight, B.weight, scaling)
-        gain = torch.where(norm > 0, magnitude / norm, 0.0)
+        magnitude = magnitudes[name].weight
+        gain = base_of_weight(weight).gain(magnitude, A.weight.detach(), B.weight.detach(), scaling)
     return _values(A.weight, B.weight, scaling, gain, B.bias, (name,))
-
-
-def adapted_norm(
-    weight: NF4Weight | torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """The norms of the rows of W + scaling B A, fp32 [N], as DoRALinear computes them."""
-    tables: dict[str, Any] = {}
-    options: dict[str, Any] = {}
-    if isinstance(weight, NF4Weight):
-        tables = {
-            "absmax": weight.absmax, "nested_absmax": weight.nested_absmax,
-            "nested_codebook": weight.nested_codebook, "nested_offset": weight.nested_offset,
-        }  # fmt: skip
-        options = {"blocksize": weight.blocksize, "dtype": weight.dtype}
-    packed = weight.packed if isinstance(weight, NF4Weight) else weight
-    with torch.no_grad():
-        shape = (weight.shape[0], weight.shape[1])
-        base = row_norms(packed, **tables, shape=shape, **options)
-        return weight_norm(
-            packed, A.detach(), B.detach(), **tables, scaling=scaling, base_norm=base, **options
-        )
 
 
 def _values(

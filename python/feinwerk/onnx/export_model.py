@@ -19,8 +19,8 @@ from torch import nn
 
 import feinwerk
 from feinwerk import _checks
-from feinwerk.onnx.export_checks import check_model, need_exporter, unwrapped
-from feinwerk.onnx.export_layers import OP, AdapterRoom, ExportLayer, layers_of, read_layer
+from feinwerk.onnx.export_checks import OP, check_model, need_exporter, unwrapped
+from feinwerk.onnx.export_layers import AdapterRoom, ExportLayer, layers_of, read_layer
 from feinwerk.onnx.export_report import ExportReport, NodeReport
 from feinwerk.onnx.graph_finish import Finished, finish
 from feinwerk.onnx.stand_ins import StandIn, standing_in
@@ -49,6 +49,7 @@ def export(
     opset_version: int = 20,
     root: nn.Module | None = None,
     metadata: Mapping[str, str] | None = None,
+    functions: Callable[[int], Sequence[Any]] | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write a model to an ONNX file that an ordinary ONNX Runtime session runs.
@@ -79,6 +80,8 @@ def export(
         root: the module that layers' paths start from, where `model` is a wrapper around it;
             by default the model itself, below PEFT's wrapper.
         metadata: more metadata_props.
+        functions: called with the version of the standard operators; returns the onnx.FunctionProto
+            of nodes that `model` has put into the trace by `torch.onnx.ops.symbolic`.
         progress: called with one line before every long step.
 
     Returns:
@@ -129,6 +132,8 @@ def export(
         own_inputs = [value.name for value in program.model.graph.inputs]
         done = finish(program.model, ops, as_inputs)
         _describe(program.model, ops, layers, done, metadata)
+        if functions is not None:
+            _add_functions(program.model, functions(program.model.graph.opset_imports[""]))
         target = Path(path)
         tell(f"saving {target}")
         files = _save(program.model, target, external_data)
@@ -290,6 +295,15 @@ def _describe(
     model.graph.name = "feinwerk"
     # Functions of one name need IR 10; the others load on older runtimes as well.
     model.ir_version = 10 if done.overloads else 9
+
+
+def _add_functions(model: Any, functions: Sequence[Any]) -> None:
+    from onnx_ir.serde import deserialize_function
+
+    for proto in functions:
+        function = deserialize_function(proto)
+        model.functions[function.identifier()] = function
+        model.graph.opset_imports.setdefault(function.domain, 1)
 
 
 def _save(model: Any, path: Path, external: bool | None) -> dict[str, int]:

@@ -27,7 +27,7 @@ import numpy as np
 from feinwerk import _checks
 
 _OP = "generate"
-_METADATA_KEY = "feinwerk.causal_lm"  # as export_causal_lm writes it
+METADATA_KEY = "feinwerk.causal_lm"  # of what export_causal_lm writes
 
 
 def generate(
@@ -188,7 +188,7 @@ def _session(session_or_path: Any) -> Any:
 
 
 def _facts(session: Any) -> dict[str, Any]:
-    text = session.get_modelmeta().custom_metadata_map.get(_METADATA_KEY)
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is None:
         rule = "be over a file that export_causal_lm wrote"
         _checks.reject(ValueError, _OP, "session_or_path", rule, "one without its metadata")

@@ -223,6 +223,9 @@ def _add_functions(model: Any, nodes: list[Node]) -> bool:
             node.node.overload = overload
         function = function_of(kind, present, overload, opset)
         model.functions[function.identifier()] = function
+    model.graph.opset_imports.pop(
+        DOMAIN, None
+    )  # the trace's, which a standard graph has no use for
     if nodes:
         model.graph.opset_imports[DOMAIN] = 1
     return mixed

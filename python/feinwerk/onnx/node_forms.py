@@ -9,12 +9,13 @@ import numpy as np
 
 from feinwerk.codebook import NESTED_BLOCKSIZE
 from feinwerk.onnx import standard_forms
+from feinwerk.onnx.adapter_inputs import GAIN, PARTS
 from feinwerk.onnx.graph_writer import GraphWriter
 from feinwerk.onnx.standard_forms import BFLOAT16, FLOAT, LowRank, NF4Values
 
 DOMAIN = "feinwerk"
 NESTED = ("nested_absmax", "nested_codebook", "nested_offset")
-LOW_RANK = ("lora_A", "lora_B", "scaling", "gain")
+LOW_RANK = (*PARTS, GAIN)
 # The inputs of every node, in order; docs/onnx_ops.md.
 INPUTS = {
     "NF4Linear": ("x", "packed", "absmax", "bias", *NESTED),

@@ -16,14 +16,15 @@ from torch import nn
 from feinwerk import _checks
 from feinwerk.nn import DoRAConv
 from feinwerk.nn.places import Place, places_of
-from feinwerk.onnx.export_layers import OP, ExportLayer
+from feinwerk.onnx.export_checks import OP
+from feinwerk.onnx.export_layers import ExportLayer
+from feinwerk.onnx.node_forms import DOMAIN, LOW_RANK, NESTED
 from feinwerk.weight import NF4Weight
 
-DOMAIN, VERSION = "feinwerk", 1
+VERSION = 1
 # An addition to rows of a table: no op of the library's, always written in standard operators.
 LORA_EMBEDDING = "LoraEmbedding"
-NF4_PARTS = ("packed", "absmax", "nested_absmax", "nested_codebook", "nested_offset")
-ADAPTER_PARTS = ("lora_A", "lora_B", "scaling", "gain")
+NF4_PARTS = ("packed", "absmax", *NESTED)
 _ONNX_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}
 
 
@@ -54,7 +55,7 @@ class StandIn(nn.Module):
                 self.register_buffer("dense", weight, persistent=False)
         adapter = layer.adapter
         for name, tensor in zip(
-            ADAPTER_PARTS,
+            LOW_RANK,
             (None,) * 4 if adapter is None
             else (adapter.A, adapter.B, adapter.scaling, adapter.gain),
             strict=True,
@@ -92,7 +93,7 @@ class StandIn(nn.Module):
         return self._rows(x) if self.is_embedding else self._linear(x)
 
     def _adapter(self) -> list[torch.Tensor | None]:
-        return [getattr(self, name) for name in ADAPTER_PARTS]
+        return [getattr(self, name) for name in LOW_RANK]
 
     def _linear(self, x: torch.Tensor) -> torch.Tensor:
         K = self.attributes["K"] if self.attributes else self.dense.shape[1]
@@ -100,7 +101,7 @@ class StandIn(nn.Module):
         if x.shape[-1] != K:
             _checks.reject(ValueError, OP, self.path, f"get K = {K} columns", tuple(x.shape))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        nested = [self._buffers.get(name) for name in NF4_PARTS[2:]]
+        nested = [self._buffers.get(name) for name in NESTED]
         adapter = self._adapter()
         if not self.attributes:
             N = self.dense.shape[0]
