@@ -31,6 +31,7 @@ from benchmarks import machine, onnx_decode, peers
 from benchmarks.harness import Candidate, Paired, paired
 from benchmarks.problem import Problem, dense_weight, nf4_weight
 from benchmarks.text import number, table
+from feinwerk.cli.deployment import open_session
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -117,18 +118,7 @@ def model(problem: Problem, op: str, nodes: int) -> bytes:
 @functools.lru_cache(maxsize=8)
 def opened(problem: Problem, op: str, nodes: int) -> Any:
     """A session of so many nodes, set up as the peers' are."""
-    import onnxruntime
-
-    import feinwerk.onnx
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = THREADS
-    settings.log_severity_level = 3
-    settings.add_session_config_entry("session.force_spinning_stop", "1")
-    feinwerk.onnx.register(settings)
-    return onnxruntime.InferenceSession(
-        model(problem, op, nodes), settings, providers=["CPUExecutionProvider"]
-    )
+    return open_session(model(problem, op, nodes))
 
 
 def truth(problem: Problem, op: str, x: torch.Tensor) -> torch.Tensor:
@@ -316,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         for record in speeds(1.0 if options.quick else 20.0):
             data["speeds"].append(record)
             print(" | ".join(lines_of(record)[0]), flush=True)
-        data["decode"] = onnx_decode.measure(3.0 if options.quick else 30.0, THREADS)
+        data["decode"] = onnx_decode.measure(3.0 if options.quick else 30.0)
         print(f"{time.perf_counter() - started:.0f} s")
         if options.quick:
             print(page(data))

@@ -19,7 +19,7 @@ import feinwerk.onnx
 from benchmarks import machine
 from benchmarks.harness import Candidate, paired
 from feinwerk.cli import model as chat
-from feinwerk.cli.deployment import dense_form
+from feinwerk.cli.deployment import dense_form, open_session
 from feinwerk.cli.settings import DEFAULT_MODEL, Settings
 from feinwerk.onnx.file_forms import as_contrib, as_dense
 from feinwerk.onnx.generation import CachedSession
@@ -48,16 +48,9 @@ def write_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def one_token(path: Path, threads: int) -> tuple[Any, np.ndarray]:
+def one_token(path: Path) -> tuple[Any, np.ndarray]:
     """A call that decodes a token, and the logits it finds."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    feinwerk.onnx.register(options)
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = open_session(path)
     ids = np.random.default_rng(0).integers(0, 1000, (1, PAST))
     step = CachedSession(session, 1)
     token = step(ids, np.ones_like(ids), np.arange(PAST)[None]).argmax(axis=-1)[:, None]
@@ -70,7 +63,7 @@ def one_token(path: Path, threads: int) -> tuple[Any, np.ndarray]:
     return call, call()
 
 
-def measure(seconds: float, threads: int) -> list[dict[str, Any]]:
+def measure(seconds: float) -> list[dict[str, Any]]:
     """A record for each peer."""
     with tempfile.TemporaryDirectory() as folder:
         files = write_files(Path(folder))
@@ -80,7 +73,7 @@ def measure(seconds: float, threads: int) -> list[dict[str, Any]]:
         }
         calls, logits = {}, {}
         for side, path in files.items():
-            calls[side], logits[side] = one_token(path, threads)
+            calls[side], logits[side] = one_token(path)
     for side in (CONTRIB, DENSE):
         if not np.allclose(logits[side], logits[OURS], atol=1e-2):
             raise AssertionError(f"onnx_decode: {side} and {OURS} compute different logits")

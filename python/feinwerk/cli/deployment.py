@@ -160,7 +160,7 @@ def run(
         machine.return_free_memory()
         prompt = prompts[0].prompt
         with display.phase("answering from ONNX Runtime", total=len(prompts)) as bar:
-            sessions = {name: _session(path) for name, path in files.items()}
+            sessions = {name: open_session(path) for name, path in files.items()}
             tokens = _answers(sessions[OURS], tokenizer, prompts, new_tokens, bar.advance)
         sides = _time_sides(live, dense, sessions, files, prompt, settings, display)
         with display.phase("checking ONNX Runtime's logits"):
@@ -198,7 +198,8 @@ def _write_forms(work: Path, dense: Any, settings: Settings) -> dict[str, Path]:
     return files
 
 
-def _session(path: Path) -> Any:
+def open_session(model: Path | bytes) -> Any:
+    """Open a session to be timed beside others, with Feinwerk's operators and torch's threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -207,7 +208,7 @@ def _session(path: Path) -> Any:
     # Threads that spin after a run would take the cores from the side whose turn is next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     feinwerk.onnx.register(options)
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _answers(
