@@ -1,8 +1,8 @@
 """The two blocks of an exported decoder that are ONNX functions: RMSNorm and attention with cache.
 
 Both stand in the graph as single nodes of domain `feinwerk.blocks`, with a function of standard ops
-in the same file: every runtime can run them, and a trace of 30 layers takes a third of the time,
-most of which goes into the symbolic shapes of attention.
+in the same file: every runtime can run them, and a trace does not spend most of its time on the
+symbolic shapes of attention.
 
 ```
    q [B,S,H*D] ---+
