@@ -18,8 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
+from feinwerk import triton_launch
 from feinwerk.codebook import NESTED_BLOCKSIZE, NF4_VALUES, nf4_codebook
 
+# Without the wrapper that initializes CUDA: a tensor is there.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _V0, _V1, _V2, _V3, _V4, _V5, _V6, _V7 = (tl.constexpr(value) for value in NF4_VALUES[:8])
@@ -70,12 +73,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """Launch a kernel on its first tensor's device, without fusing what the source keeps apart."""
     if min(grid) < 1:
         return
-    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](*args, enable_fp_fusion=False, **options)
+    first = args[0]
+    if not isinstance(first, torch.Tensor):
+        first = next(arg for arg in args if isinstance(arg, torch.Tensor))
+    device = first.device
+    options["enable_fp_fusion"] = False
+    if device.type != "cuda":
+        kernel[grid](*args, **options)
+    elif device.index == _current_device():
+        triton_launch.run(kernel, grid, device.index, args, options)
     else:
-        kernel[grid](*args, enable_fp_fusion=False, **options)
+        with torch.cuda.device(device):
+            triton_launch.run(kernel, grid, device.index, args, options)
 
 
 def addresses(tensors: Sequence[torch.Tensor]) -> list[int]:
