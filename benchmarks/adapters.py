@@ -138,9 +138,12 @@ class AdapterProblem:
 def step(
     layer: Layer, x: torch.Tensor, dy: torch.Tensor, trained: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
-    """Return y, dX and the gradients of what is trained, through autograd."""
+    """Return y, dX and the gradients of what is trained, none of which keeps the step's graph.
+
+    While a graph lives the nodes of its leaves do, which a capture of another step would meet.
+    """
     y = layer(x)
-    return (y, *torch.autograd.grad(y, [x, *trained], dy))
+    return (y.detach(), *torch.autograd.grad(y, [x, *trained], dy))
 
 
 def forward(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -99,17 +99,29 @@ class Device:
             torch.cuda._sleep(int(seconds * CYCLES_A_SECOND))  # type: ignore[no-untyped-call]
 
     def captured(self, work: Callable[[], object]) -> Callable[[], None]:
-        """A graph that replays `work`; raises what capturing raises."""
+        """A graph that replays `work`; raises what went wrong first, and later captures may work.
+
+        Nothing of an earlier run of `work` may be alive that holds its autograd graph: a leaf's
+        node would wait on the stream of that run, which a capture does not allow.
+        """
         if not self.gpu:
             return lambda: _discard(work())
+        before = torch.cuda.current_stream()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             work()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
+        try:
+            with torch.cuda.graph(graph):
+                work()
+        except Exception as error:
+            _abandon(graph, before)
+            first: BaseException = error
+            while first.__context__ is not None:  # the capture's end complains in its turn
+                first = first.__context__
+            raise first from None
         return graph.replay
 
     def extra_bytes(self, call: Callable[[], object]) -> int:
@@ -130,6 +142,23 @@ class Device:
         """Hand cached memory back, so that a part starts with all of it."""
         if self.gpu:
             torch.cuda.empty_cache()
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+    """Undo what torch.cuda.graph leaves behind where the end of a capture raises.
+
+    It then stays on the capture's stream, the allocator goes on allocating for the graph, and the
+    default generator believes itself captured; every later capture fails, and every step is slow.
+    """
+    torch.cuda.set_stream(stream)
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # it was ended already
+        torch._C._cuda_endAllocateToPool(device, graph.pool())
+        torch._C._cuda_releasePool(device, graph.pool())
+    generator = torch.cuda.default_generators[device]
+    with contextlib.suppress(RuntimeError):
+        generator.graphsafe_set_state(generator.clone_state())
+    torch.cuda.synchronize()
 
 
 def _discard(result: object) -> None:

@@ -135,10 +135,13 @@ def weight_norm(
     if base_norm is None:
         shape = (lora_B.shape[0], lora_A.shape[-1])
         base_norm = row_norms(weight, *tables, shape=shape, blocksize=blocksize, dtype=dtype)
+    if isinstance(scaling, torch.Tensor):
+        scale = scaling.detach().to(torch.float32)
+    else:  # on the device at once: a copy from the host would wait, and no graph could capture it
+        scale = torch.full((), scaling, dtype=torch.float32, device=weight.device)
     norm: torch.Tensor = _OP(
-        weight.detach(), *tables, lora_A.detach(), lora_B.detach(),
-        torch.as_tensor(scaling, dtype=torch.float32).detach(), base_norm, blocksize=blocksize,
-        dtype=dtype,
+        weight.detach(), *tables, lora_A.detach(), lora_B.detach(), scale, base_norm,
+        blocksize=blocksize, dtype=dtype,
     )  # fmt: skip
     return norm
 
