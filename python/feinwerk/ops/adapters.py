@@ -291,8 +291,10 @@ def _scales(op: str, scaling: Sequence[Scaling], x: torch.Tensor) -> torch.Tenso
         for value in scaling:
             if not abs(float(value)) < float("inf"):
                 _checks.reject(ValueError, op, "scaling", "be finite", value)
-        if len(scaling) == 1:  # half the time of torch.tensor, which counts when decoding
-            return torch.full((1,), scaling[0], dtype=torch.float32, device=x.device)  # type: ignore[arg-type]
+        if all(value == scaling[0] for value in scaling):
+            # Made on the device: nothing is copied, and nobody waits.
+            count = (len(scaling),)
+            return torch.full(count, scaling[0], dtype=torch.float32, device=x.device)  # type: ignore[arg-type]
         return torch.tensor(scaling, dtype=torch.float32, device=x.device)
     parts = [torch.as_tensor(value, dtype=torch.float32, device=x.device) for value in scaling]
     for part in parts:
@@ -353,11 +355,16 @@ def _sorted_rows(
         [*adapter_index.shape, *[1] * (len(leading) - adapter_index.dim())]
     )
     index = index.expand(leading).reshape(-1)
-    if index.numel() and not (int(index.min()) >= -1 and int(index.max()) < count):
+    # Rows of no adapter, of each, and of what is out of range on either side; read back at once.
+    known = index.clamp(-2, count) + 2
+    counts = torch.zeros(count + 3, dtype=torch.int64, device=index.device)
+    counts.scatter_add_(0, known, torch.ones_like(known))
+    ordered = (index[1:] >= index[:-1]).all()
+    facts = torch.cat([counts, ordered.reshape(1)]).cpu()
+    if facts[0] or facts[-2]:
         rule = f"be in [-1, {count})"
         got = f"{int(index.min())} to {int(index.max())}"
         _checks.reject(IndexError, op, "adapter_index", rule, got)
-    ordered = bool((index[1:] >= index[:-1]).all())
-    order = None if ordered else torch.argsort(index, stable=True)
-    ends = torch.cumsum(torch.bincount(index + 1, minlength=count + 1), 0).cpu()
+    order = None if facts[-1] else torch.argsort(index, stable=True)
+    ends = torch.cumsum(facts[1:-2], 0)
     return order, torch.stack([ends[:-1], ends[1:]], dim=1)
