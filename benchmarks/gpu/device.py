@@ -112,12 +112,12 @@ class Device:
         with torch.cuda.stream(side):
             work()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 work()
         except Exception as error:
-            _abandon(graph, before)
+            _abandon(pool, before)
             first: BaseException = error
             while first.__context__ is not None:  # the capture's end complains in its turn
                 first = first.__context__
@@ -144,7 +144,7 @@ class Device:
             torch.cuda.empty_cache()
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+def _abandon(pool: Any, stream: torch.cuda.Stream) -> None:
     """Undo what torch.cuda.graph leaves behind where the end of a capture raises.
 
     It then stays on the capture's stream, the allocator goes on allocating for the graph, and the
@@ -153,8 +153,8 @@ def _abandon(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
     torch.cuda.set_stream(stream)
     device = torch.cuda.current_device()
     with contextlib.suppress(RuntimeError):  # it was ended already
-        torch._C._cuda_endAllocateToPool(device, graph.pool())
-        torch._C._cuda_releasePool(device, graph.pool())
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
     generator = torch.cuda.default_generators[device]
     with contextlib.suppress(RuntimeError):
         generator.graphsafe_set_state(generator.clone_state())
