@@ -257,7 +257,7 @@ class _Context:
 def test_the_lines_that_only_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _Context)
     monkeypatch.setattr(torch.cuda, "Stream", _Context)
-    for name in ("stream", "graph", "current_stream"):
+    for name in ("stream", "graph", "current_stream", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, _Context)
     slept: list[int] = []
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
@@ -287,6 +287,42 @@ def test_the_lines_that_only_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None
     gpu.dry = False
     assert timing.copies(gpu, 30 << 20) == 5
     assert timing.copies(gpu, 120 << 20) == 2
+
+
+class _Failing(_Context):
+    """A capture whose end complains as well, and leaves its stream and its pool behind."""
+
+    def __exit__(self, *args: object) -> None:
+        raise RuntimeError("a previous error during capture")
+
+
+def test_a_failed_capture_is_undone_and_says_what_failed_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("CUDAGraph", "Stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, _Context)
+    monkeypatch.setattr(torch.cuda, "graph", _Failing)
+    generator = types.SimpleNamespace(clone_state=lambda: "fresh")
+    done: list[object] = []
+    generator.graphsafe_set_state = done.append
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    monkeypatch.setattr(torch.cuda, "current_stream", _Context)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: done.append("stream"))
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *args: done.append(args), raising=False)
+    calls = iter([None, ValueError("the first")])
+
+    def work() -> None:
+        error = next(calls)
+        if error is not None:
+            raise error
+
+    with pytest.raises(ValueError, match="the first"):
+        Device("cuda", dry=True).captured(work)
+    assert done == ["stream", (0, "pool"), (0, "pool"), "fresh"]
 
 
 def test_nvidia_smi_is_read_and_may_be_absent(
