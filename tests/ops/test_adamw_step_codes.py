@@ -7,6 +7,7 @@ import torch
 
 from feinwerk import adamw_step
 from feinwerk.codebook import dynamic_map
+from feinwerk.ops.adamw_step import triton_ptx
 from feinwerk.testing import assert_same_bits
 
 SMALLEST_NORMAL = 2.0**-126
@@ -119,6 +120,25 @@ def test_blocks_too_small_for_a_reciprocal_are_zero(backend: str) -> None:
             assert (codes == 127).all()
         else:
             assert_same_bits(codes, nearest(grad, most[:, 0], True))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_entry_of_the_tables_in_shared_memory(signed: bool) -> None:
+    entries, (lost, first, _) = triton_ptx.entries(signed), triton_ptx.CUTS[signed]
+    middle = midpoints(signed)
+    # Within an entry codes change at a midpoint at most: its ends, and all around that, are enough.
+    ends = torch.arange(len(entries)) + first << lost
+    x = neighbours(middle, 3)
+    keys = torch.cat([ends, ends + (1 << lost) - 1, triton_ptx.key_of(x, signed)])
+    x = triton_ptx.value_of(keys, signed)
+    used = (x.abs() >= (2.0**-22 if signed else 2.0**-23)) & (x.abs() <= 1)
+    keys, x = keys[used], x[used]
+    codes = (entries[(keys >> lost) - first] + (keys << 24 - lost) & 0xFFFFFFFF) >> 24
+    want = torch.bucketize(x, middle)
+    assert torch.equal(codes, want if signed else want.clamp(min=1))
+    # What is below the lowest key has the code of zero.
+    assert (torch.bucketize(torch.tensor([-(2.0**-22), 2.0**-22]), midpoints(True)) == 127).all()
+    assert torch.bucketize(torch.tensor(2.0**-23), midpoints(False)) == 0
 
 
 @pytest.mark.full

@@ -26,6 +26,7 @@ from feinwerk.ops.adamw_step.triton_kernels import (
     adamw_step_large_kernel,
     adamw_step_plain_kernel,
 )
+from feinwerk.ops.adamw_step.triton_ptx import words_on
 from feinwerk.triton_lib import INTERPRETED, Gpu, addresses, gpu_of, launch, tiles_on, upload
 
 Tensors = Sequence[torch.Tensor]
@@ -48,6 +49,10 @@ class Choice(NamedTuple):
     coded: int  # and with codes
     largest: int  # block that a program holds; larger ones go in pieces
     warps: int
+    coded_warps: int
+    # Programs on a multiprocessor that walk over all tiles with codes, with PTX; 0: a program for
+    # each tile, without.
+    programs: int
 
 
 class Cut(NamedTuple):
@@ -70,8 +75,11 @@ class Plan(NamedTuple):
 def choose(gpu: Gpu) -> Choice:
     """Return the configuration for a GPU."""
     if gpu.backend == "interpreter":
-        return Choice(8192, 8192, 1024, 4)  # few programs: their number is what takes time there
-    return Choice(1024, 2048, 2048, 4)
+        # Few programs: their number is what takes time there.
+        return Choice(8192, 8192, 1024, 4, 4, 0)
+    if gpu.backend == "cuda" and not INTERPRETED:
+        return Choice(1024, 2048, 2048, 4, 8, 4)
+    return Choice(1024, 2048, 2048, 4, 4, 0)
 
 
 def adamw_step(
@@ -114,7 +122,8 @@ def adamw_step(
     scales = [exp_avg_absmaxes, exp_avg_sq_absmaxes] if coded else [params, params]
     # Multiplied so that all of them must be multiples of the same.
     factors = [4 // tensors[0].element_size() for tensors in lists]
-    choice = choose(gpu_of(device))
+    gpu = gpu_of(device)
+    choice = choose(gpu)
     tables: dict[Cut, tuple[list[int], list[int]]] = {}
     numbers: dict[int, tuple[int, int]] = {}
     places = [addresses(tensors) for tensors in (*lists, *scales)]
@@ -144,24 +153,29 @@ def adamw_step(
             "MASTER": master,
             "VEC": cut.vector,
             "COLUMNS": COLUMNS,
-            "num_warps": choice.warps,
         }
         grid = (sum(counts),)
         if not coded:
             launch(
                 adamw_step_plain_kernel, grid, *where, *optional, *scalars, DENSE=cut.dense,
-                STATE=_DTYPES[exp_avgs[0].dtype], ELEMENTS=choice.plain, **shared,
+                STATE=_DTYPES[exp_avgs[0].dtype], ELEMENTS=choice.plain, num_warps=choice.warps,
+                **shared,
             )  # fmt: skip
         elif cut.size > choice.largest:
             launch(
                 adamw_step_large_kernel, grid, *where, tables_on(device), *optional, *scalars,
-                PIECE=_elements(cut, choice), **shared,
+                PIECE=_elements(cut, choice), num_warps=choice.warps, **shared,
             )  # fmt: skip
         else:
+            walking = choice.programs > 0 and cut.vector > 1
+            if walking:
+                grid = (min(*grid, gpu.multiprocessors * choice.programs),)
             launch(
-                adamw_step_coded_kernel, grid, *where, tables_on(device), *optional, *scalars,
-                BLOCKS=_blocks(cut, choice), SIZE=cut.size, WHOLE=cut.whole, DENSE=cut.dense,
-                **shared,
+                adamw_step_coded_kernel, grid, *where,
+                words_on(device) if walking else tables_on(device), *optional, *scalars,
+                sum(counts), BLOCKS=_blocks(cut, choice), SIZE=cut.size, WHOLE=cut.whole,
+                DENSE=cut.dense, PTX=walking,
+                num_warps=choice.coded_warps if walking else choice.warps, **shared,
             )  # fmt: skip
     return None
 
@@ -186,7 +200,8 @@ def _plan(
     block = min(blocksize, cols)
     a_row = -(-cols // block)
     divisor = math.gcd(cols, block) if coded else elements
-    fitting = (n for n in _VECTORS if apart % (4 * n) == 0 and divisor % n == 0)
+    vectors = _VECTORS[1:] if coded and choice.programs else _VECTORS
+    fitting = (n for n in vectors if apart % (4 * n) == 0 and divisor % n == 0)
     vector = next(fitting, 1)
     if not coded:
         tiles = -(-elements // choice.plain)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from feinwerk.ops.adamw_step import triton_ptx as ptx
 from feinwerk.ops.adamw_step.triton_codes import look_up, signed_codes, unsigned_codes
 from feinwerk.triton_lib import philox_word, philox_words
 
@@ -71,7 +72,7 @@ def _load_param(row_ptr, offsets, mask, MASTER: tl.constexpr, VEC: tl.constexpr)
 
 
 @triton.jit
-def _words(seed, row, first, offsets, begin, DENSE: tl.constexpr):
+def _words(seed, row, first, offsets, begin, DENSE: tl.constexpr, PARTS: tl.constexpr):
     """The random words of elements `first + offsets`; DENSE: offsets are a run from `begin` on.
 
     Such a run, whose start is a multiple of 64, has every word of its counters, so that each is
@@ -79,11 +80,14 @@ def _words(seed, row, first, offsets, begin, DENSE: tl.constexpr):
     """
     if DENSE:
         GROUPS: tl.constexpr = offsets.numel // 64
+        W: tl.constexpr = offsets.shape[len(offsets.shape) - 1]
         index = (first + begin) // 64 * 16
         index += (tl.arange(0, GROUPS)[:, None] * 16 + tl.arange(0, 16)[None, :]).to(tl.int64)
         w0, w1, w2, w3 = philox_words(seed, row, index)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
         words = tl.permute(tl.reshape(words, [GROUPS, 16, 4]), (0, 2, 1))
+        # Where offsets are parts of blocks, the first parts come first.
+        words = tl.permute(tl.reshape(words, [offsets.numel // PARTS // W, PARTS, W]), (1, 0, 2))
         return tl.reshape(words, offsets.shape)
     else:
         return philox_word(seed, row, first + offsets)
@@ -92,7 +96,7 @@ def _words(seed, row, first, offsets, begin, DENSE: tl.constexpr):
 @triton.jit
 def _store_param(
     row_ptr, seed_ptr, p, offsets, begin, mask, MASTER: tl.constexpr, VEC: tl.constexpr,
-    DENSE: tl.constexpr,
+    DENSE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     if MASTER == "fp32":
         tl.store(_pointer(row_ptr, PARAM, tl.float32, VEC) + offsets, p, mask=mask)
@@ -106,7 +110,7 @@ def _store_param(
             tl.store(low_ptr, bits.to(tl.int16), mask=mask)
         else:
             row, first = tl.load(row_ptr + ROW), tl.load(row_ptr + FIRST)
-            words = _words(tl.load(seed_ptr), row, first, offsets, begin, DENSE)
+            words = _words(tl.load(seed_ptr), row, first, offsets, begin, DENSE, PARTS)
             rounded = (bits + (words >> 16).to(tl.int32)) >> 16
             tl.store(high_ptr, tl.where(p == p, rounded, 0x7FC0).to(tl.int16), mask=mask)
 
@@ -151,102 +155,180 @@ def adamw_step_plain_kernel(
     p = _descend(row_ptr, p, m, v, floor, shrink)
     tl.store(m_ptr, m.to(STATE), mask=mask)
     tl.store(v_ptr, v.to(STATE), mask=mask)
-    _store_param(row_ptr, seed_ptr, p, offsets, begin, mask, MASTER, VEC, DENSE)
+    _store_param(row_ptr, seed_ptr, p, offsets, begin, mask, MASTER, VEC, DENSE, 1)
 
 
 @triton.jit
 def _coded_moments(
-    row_ptr, map_ptr, offsets, mask, absmax, absmax_sq, factor, weight1, decay1, weight2,
-    GRAD_DTYPE: tl.constexpr, VEC: tl.constexpr,
+    row_ptr, map_ptr, tables, offsets, mask, absmax, absmax_sq, factor, weight1, decay1, weight2,
+    GRAD_DTYPE: tl.constexpr, VEC: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Decode, and advance."""
     m_ptr = _pointer(row_ptr, EXP_AVG, tl.uint8, VEC) + offsets
     v_ptr = _pointer(row_ptr, EXP_AVG_SQ, tl.uint8, VEC) + offsets
     grad_ptr = _pointer(row_ptr, GRAD, GRAD_DTYPE, VEC) + offsets
     g = tl.load(grad_ptr, mask=mask, other=0.0).to(tl.float32) * factor
-    codes = tl.load(m_ptr, mask=mask, other=127).to(tl.int32)
-    codes_sq = tl.load(v_ptr, mask=mask, other=0).to(tl.int32)
-    entries = tl.arange(0, 256)
-    m = look_up(tl.load(map_ptr + entries), codes) * absmax
-    v = look_up(tl.load(map_ptr + 256 + entries), codes_sq) * absmax_sq
-    return _advance(g, m, v, weight1, decay1, weight2)
+    codes = tl.load(m_ptr, mask=mask, other=127)
+    codes_sq = tl.load(v_ptr, mask=mask, other=0)
+    if PTX:
+        m, v = ptx.decode(codes, tables, True), ptx.decode(codes_sq, tables, False)
+    else:
+        entries = tl.arange(0, 256)
+        m = look_up(tl.load(map_ptr + entries), codes.to(tl.int32))
+        v = look_up(tl.load(map_ptr + 256 + entries), codes_sq.to(tl.int32))
+    return _advance(g, m * absmax, v * absmax_sq, weight1, decay1, weight2)
 
 
 @triton.jit
-def _store_codes(row_ptr, map_ptr, offsets, mask, m, v, inverse, inverse_sq, VEC: tl.constexpr):
+def _store_codes(
+    row_ptr, map_ptr, tables, offsets, mask, m, v, inverse, inverse_sq, VEC: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
     """The nearest codes; a positive v never takes the code of zero."""
-    entries = tl.arange(0, 256)
-    codes = signed_codes(m * inverse, tl.load(map_ptr + 512 + entries))
-    tl.store(_pointer(row_ptr, EXP_AVG, tl.uint8, VEC) + offsets, codes.to(tl.uint8), mask=mask)
-    codes = unsigned_codes(v * inverse_sq, tl.load(map_ptr + 768 + entries))
-    codes = tl.where((v > 0) & (inverse_sq > 0), tl.maximum(codes, 1), codes)
-    tl.store(_pointer(row_ptr, EXP_AVG_SQ, tl.uint8, VEC) + offsets, codes.to(tl.uint8), mask=mask)
+    m_ptr = _pointer(row_ptr, EXP_AVG, tl.uint8, VEC) + offsets
+    v_ptr = _pointer(row_ptr, EXP_AVG_SQ, tl.uint8, VEC) + offsets
+    if PTX:
+        tl.store(m_ptr, ptx.encode(m, inverse, tables), mask=mask)
+        tl.store(v_ptr, ptx.encode_positive(v, inverse_sq, tables), mask=mask)
+    else:
+        entries = tl.arange(0, 256)
+        codes = signed_codes(m * inverse, tl.load(map_ptr + 512 + entries))
+        tl.store(m_ptr, codes.to(tl.uint8), mask=mask)
+        codes = unsigned_codes(v * inverse_sq, tl.load(map_ptr + 768 + entries))
+        codes = tl.where((v > 0) & (inverse_sq > 0), tl.maximum(codes, 1), codes)
+        tl.store(v_ptr, codes.to(tl.uint8), mask=mask)
 
 
 @triton.jit
-def _fresh(most, most_sq):
-    """Maxima of a block's magnitudes, or zeros where one has overflowed; and their reciprocals.
+def _reciprocal(most, PTX: tl.constexpr):
+    """1 / most; zero below the smallest normal number, where it would overflow."""
+    usable = most >= _SMALLEST_NORMAL
+    inverse = ptx.reciprocal(most) if PTX else tl.div_rn(1.0, tl.where(usable, most, 1.0))
+    return tl.where(usable, inverse, 0.0)
 
-    Below the smallest normal number the reciprocal would overflow: it is zero, as all codes are.
-    """
+
+@triton.jit
+def _fresh(most, most_sq, PTX: tl.constexpr):
+    """Maxima of a block's magnitudes, or zeros where one has overflowed; and their reciprocals."""
     finite = (most < float("inf")) & (most_sq < float("inf"))
     most, most_sq = tl.where(finite, most, 0.0), tl.where(finite, most_sq, 0.0)
-    usable, usable_sq = most >= _SMALLEST_NORMAL, most_sq >= _SMALLEST_NORMAL
-    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, most, 1.0)), 0.0)
-    inverse_sq = tl.where(usable_sq, tl.div_rn(1.0, tl.where(usable_sq, most_sq, 1.0)), 0.0)
-    return most, most_sq, inverse, inverse_sq
+    return most, most_sq, _reciprocal(most, PTX), _reciprocal(most_sq, PTX)
 
 
 @triton.jit
-def adamw_step_coded_kernel(
-    table_ptr, tiles_ptr, map_ptr, clip_ptr, scale_ptr, found_ptr, seed_ptr,
-    sign, weight1, decay1, weight2, floor, shrink,
-    GRAD_DTYPE: tl.constexpr, MASTER: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
-    WHOLE: tl.constexpr, VEC: tl.constexpr, DENSE: tl.constexpr, COLUMNS: tl.constexpr,
+def _coded_tile(
+    row_ptr, first_block, map_ptr, tables, seed_ptr, factor, weight1, decay1, weight2, floor,
+    shrink, GRAD_DTYPE: tl.constexpr, MASTER: tl.constexpr, BLOCKS: tl.constexpr,
+    SIZE: tl.constexpr, WHOLE: tl.constexpr, VEC: tl.constexpr, DENSE: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    """Codes, in blocks that registers hold. WHOLE: every block has SIZE elements."""
-    if _left_out(found_ptr):
-        return
-    program = tl.program_id(0).to(tl.int64)
-    row_ptr = table_ptr + tl.load(tiles_ptr + 2 * program).to(tl.int64) * COLUMNS
-    first_block = tl.load(tiles_ptr + 2 * program + 1).to(tl.int64) * BLOCKS
+    """BLOCKS blocks from `first_block` on; tensors have a row for each part of a block.
+
+    With PTX a part is what a warp moves at once, 4 elements a thread; the first parts of all blocks
+    come first, so that a warp has all parts of a block.
+    """
+    PARTS: tl.constexpr = SIZE // 128 if PTX and SIZE > 128 else 1
     block = first_block + tl.arange(0, BLOCKS)
     there = block < tl.load(row_ptr + COUNT)
-    column = tl.arange(0, SIZE)[None, :]
+    part = tl.arange(0, PARTS)[:, None]
+    column = _rows(part, PARTS, BLOCKS) * (SIZE // PARTS) + tl.arange(0, SIZE // PARTS)[None, :]
     begin = first_block * SIZE
+    mask = _rows(there[None, :], PARTS, BLOCKS)
     if WHOLE:
-        offsets = begin + (tl.arange(0, BLOCKS)[:, None] * SIZE + column)
-        mask = tl.broadcast_to(there[:, None], [BLOCKS, SIZE])
+        offsets = begin + (_rows(tl.arange(0, BLOCKS)[None, :], PARTS, BLOCKS) * SIZE + column)
+        mask = tl.broadcast_to(mask, offsets.shape)
     else:
-        cols, size = tl.load(row_ptr + COLS), tl.load(row_ptr + BLOCK)
+        # In units of VEC, so that their multiples are known to be such.
+        cols, size = tl.load(row_ptr + COLS) // VEC, tl.load(row_ptr + BLOCK) // VEC
         a_row = tl.cdiv(cols, size)
         # From the first block's row on: fewer blocks than 2^31, of which division is cheap.
         row = first_block // a_row
         later = (first_block - row * a_row).to(tl.int32) + tl.arange(0, BLOCKS)
         down = later // a_row.to(tl.int32)
         start = (later - down * a_row.to(tl.int32)).to(tl.int64) * size
-        length = tl.multiple_of(tl.minimum(size, cols - start), VEC)
-        offsets = tl.multiple_of((row + down) * cols + start, VEC)[:, None] + column
-        mask = there[:, None] & (column < length[:, None])
+        length = _rows(tl.minimum(size, cols - start)[None, :], PARTS, BLOCKS) * VEC
+        offsets = _rows(((row + down) * cols + start)[None, :], PARTS, BLOCKS) * VEC + column
+        mask = mask & (column < length)
     absmax_ptr = _pointer(row_ptr, ABSMAX, tl.float32, 1) + block
     absmax_sq_ptr = _pointer(row_ptr, ABSMAX_SQ, tl.float32, 1) + block
-    absmax = tl.load(absmax_ptr, mask=there, other=0.0)
-    absmax_sq = tl.load(absmax_sq_ptr, mask=there, other=0.0)
-    factor = _factor(sign, clip_ptr, scale_ptr)
+    absmax = tl.load(absmax_ptr, mask=there, other=0.0)[None, :]
+    absmax_sq = tl.load(absmax_sq_ptr, mask=there, other=0.0)[None, :]
     p = _load_param(row_ptr, offsets, mask, MASTER, VEC)
     m, v = _coded_moments(
-        row_ptr, map_ptr, offsets, mask, absmax[:, None], absmax_sq[:, None], factor,
-        weight1, decay1, weight2, GRAD_DTYPE, VEC,
+        row_ptr, map_ptr, tables, offsets, mask, _rows(absmax, PARTS, BLOCKS),
+        _rows(absmax_sq, PARTS, BLOCKS), factor, weight1, decay1, weight2, GRAD_DTYPE, VEC, PTX,
     )  # fmt: skip
-    p = _descend(row_ptr, p, m, v, floor, shrink)
-    _store_param(row_ptr, seed_ptr, p, offsets, begin, mask, MASTER, VEC, DENSE)
-    # The maximum of zero and NaN is zero.
-    most = tl.max(tl.maximum(tl.abs(m), 0.0), axis=1)
-    most_sq = tl.max(tl.maximum(tl.abs(v), 0.0), axis=1)
-    most, most_sq, inverse, inverse_sq = _fresh(most, most_sq)
-    tl.store(absmax_ptr, most, mask=there)
-    tl.store(absmax_sq_ptr, most_sq, mask=there)
-    _store_codes(row_ptr, map_ptr, offsets, mask, m, v, inverse[:, None], inverse_sq[:, None], VEC)
+    most, most_sq = _largest(tl.abs(m), PARTS, BLOCKS), _largest(tl.abs(v), PARTS, BLOCKS)
+    if PTX:
+        larger = _rows(tl.maximum(most, most_sq)[None, :], PARTS, BLOCKS)
+        ratio = ptx.quotient(m, v, larger, _number(row_ptr, CORRECTION), floor)
+        p = p * shrink - ratio * _number(row_ptr, STEP_SIZE)
+    else:
+        p = _descend(row_ptr, p, m, v, floor, shrink)
+    _store_param(row_ptr, seed_ptr, p, offsets, begin, mask, MASTER, VEC, DENSE, PARTS)
+    most, most_sq, inverse, inverse_sq = _fresh(most, most_sq, PTX)
+    if PTX:
+        ptx.store(absmax_ptr, most, there)
+        ptx.store(absmax_sq_ptr, most_sq, there)
+    else:
+        tl.store(absmax_ptr, most, mask=there)
+        tl.store(absmax_sq_ptr, most_sq, mask=there)
+    _store_codes(
+        row_ptr, map_ptr, tables, offsets, mask, m, v, _rows(inverse[None, :], PARTS, BLOCKS),
+        _rows(inverse_sq[None, :], PARTS, BLOCKS), VEC, PTX,
+    )  # fmt: skip
+
+
+@triton.jit
+def _rows(x, PARTS: tl.constexpr, BLOCKS: tl.constexpr):
+    """[parts or 1, blocks or 1] to a column, first parts first."""
+    return tl.reshape(tl.broadcast_to(x, [PARTS, BLOCKS]), [PARTS * BLOCKS])[:, None]
+
+
+@triton.jit
+def _largest(x, PARTS: tl.constexpr, BLOCKS: tl.constexpr):
+    """The maximum of each block; that of NaN alone is zero."""
+    x = tl.reshape(x, [PARTS, BLOCKS, x.shape[1]])
+    return tl.maximum(tl.max(tl.max(x, axis=0), axis=1), 0.0)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def adamw_step_coded_kernel(
+    table_ptr, tiles_ptr, map_ptr, clip_ptr, scale_ptr, found_ptr, seed_ptr,
+    sign, weight1, decay1, weight2, floor, shrink, tiles,
+    GRAD_DTYPE: tl.constexpr, MASTER: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
+    WHOLE: tl.constexpr, VEC: tl.constexpr, DENSE: tl.constexpr, COLUMNS: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Codes, in blocks that registers hold. WHOLE: every block has SIZE elements.
+
+    PTX: few programs walk over all tiles, with their tables in shared memory; map_ptr: its words.
+    """
+    if _left_out(found_ptr):
+        return
+    factor = _factor(sign, clip_ptr, scale_ptr)
+    program = tl.program_id(0)
+    if PTX:
+        tables = ptx.fill(map_ptr)
+        tensor, tile = tl.load(tiles_ptr + 2 * program), tl.load(tiles_ptr + 2 * program + 1)
+        for now in range(program, tiles, tl.num_programs(0)):
+            # Which one is next is asked for ahead: it comes from far.
+            row_ptr = table_ptr + tensor.to(tl.int64) * COLUMNS
+            first_block = tile.to(tl.int64) * BLOCKS
+            next_ptr = tiles_ptr + 2 * tl.minimum(now + tl.num_programs(0), tiles - 1).to(tl.int64)
+            tensor, tile = tl.load(next_ptr), tl.load(next_ptr + 1)
+            _coded_tile(
+                row_ptr, first_block, map_ptr, tables, seed_ptr, factor, weight1, decay1, weight2,
+                floor, shrink, GRAD_DTYPE, MASTER, BLOCKS, SIZE, WHOLE, VEC, DENSE, PTX,
+            )  # fmt: skip
+    else:
+        entry = tiles_ptr + 2 * program.to(tl.int64)
+        row_ptr = table_ptr + tl.load(entry).to(tl.int64) * COLUMNS
+        first_block = tl.load(entry + 1).to(tl.int64) * BLOCKS
+        _coded_tile(
+            row_ptr, first_block, map_ptr, None, seed_ptr, factor, weight1, decay1, weight2,
+            floor, shrink, GRAD_DTYPE, MASTER, BLOCKS, SIZE, WHOLE, VEC, DENSE, PTX,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -279,22 +361,22 @@ def adamw_step_large_kernel(
     for piece in range(0, end, PIECE):
         mask = piece + lane < end
         m, v = _coded_moments(
-            row_ptr, map_ptr, start + piece + lane, mask, absmax, absmax_sq, factor,
-            weight1, decay1, weight2, GRAD_DTYPE, VEC,
+            row_ptr, map_ptr, None, start + piece + lane, mask, absmax, absmax_sq, factor,
+            weight1, decay1, weight2, GRAD_DTYPE, VEC, False,
         )  # fmt: skip
         most, most_sq = tl.maximum(most, tl.abs(m)), tl.maximum(most_sq, tl.abs(v))
     most, most_sq, inverse, inverse_sq = _fresh(
-        tl.max(most, axis=0, keep_dims=True), tl.max(most_sq, axis=0, keep_dims=True)
+        tl.max(most, axis=0, keep_dims=True), tl.max(most_sq, axis=0, keep_dims=True), False
     )
     for piece in range(0, end, PIECE):
         mask, offsets = piece + lane < end, start + piece + lane
         p = _load_param(row_ptr, offsets, mask, MASTER, VEC)
         m, v = _coded_moments(
-            row_ptr, map_ptr, offsets, mask, absmax, absmax_sq, factor,
-            weight1, decay1, weight2, GRAD_DTYPE, VEC,
+            row_ptr, map_ptr, None, offsets, mask, absmax, absmax_sq, factor,
+            weight1, decay1, weight2, GRAD_DTYPE, VEC, False,
         )  # fmt: skip
         p = _descend(row_ptr, p, m, v, floor, shrink)
-        _store_param(row_ptr, seed_ptr, p, offsets, 0, mask, MASTER, VEC, False)
-        _store_codes(row_ptr, map_ptr, offsets, mask, m, v, inverse, inverse_sq, VEC)
+        _store_param(row_ptr, seed_ptr, p, offsets, 0, mask, MASTER, VEC, False, 1)
+        _store_codes(row_ptr, map_ptr, None, offsets, mask, m, v, inverse, inverse_sq, VEC, False)
     tl.store(absmax_ptr, most)
     tl.store(absmax_sq_ptr, most_sq)
