@@ -27,7 +27,16 @@ from feinwerk.ops.adamw_step.triton_kernels import (
     adamw_step_plain_kernel,
 )
 from feinwerk.ops.adamw_step.triton_ptx import words_on
-from feinwerk.triton_lib import INTERPRETED, Gpu, addresses, gpu_of, launch, tiles_on, upload
+from feinwerk.triton_lib import (
+    INTERPRETED,
+    Gpu,
+    addresses,
+    all_registers,
+    gpu_of,
+    launch,
+    tiles_on,
+    upload,
+)
 
 Tensors = Sequence[torch.Tensor]
 _DTYPES = {
@@ -49,10 +58,10 @@ class Choice(NamedTuple):
     coded: int  # and with codes
     largest: int  # block that a program holds; larger ones go in pieces
     warps: int
-    coded_warps: int
-    # Programs on a multiprocessor that walk over all tiles with codes, with PTX; 0: a program for
-    # each tile, without.
-    programs: int
+    # With PTX, programs of so many warps that fill the GPU walk over all tiles of codes, with so
+    # many registers for a thread at least; 0: one program for each tile.
+    walking_warps: int
+    registers: int
 
 
 class Cut(NamedTuple):
@@ -76,10 +85,10 @@ def choose(gpu: Gpu) -> Choice:
     """Return the configuration for a GPU."""
     if gpu.backend == "interpreter":
         # Few programs: their number is what takes time there.
-        return Choice(8192, 8192, 1024, 4, 4, 0)
+        return Choice(8192, 8192, 1024, 4, 0, 0)
     if gpu.backend == "cuda" and not INTERPRETED:
-        return Choice(1024, 2048, 2048, 4, 8, 4)
-    return Choice(1024, 2048, 2048, 4, 4, 0)
+        return Choice(1024, 2048, 2048, 4, 8, 64)
+    return Choice(1024, 2048, 2048, 4, 0, 0)
 
 
 def adamw_step(
@@ -167,15 +176,16 @@ def adamw_step(
                 PIECE=_elements(cut, choice), num_warps=choice.warps, **shared,
             )  # fmt: skip
         else:
-            walking = choice.programs > 0 and cut.vector > 1
+            walking = choice.registers > 0 and cut.vector > 1
+            options = {"num_warps": choice.warps, **all_registers(device)}
             if walking:
-                grid = (min(*grid, gpu.multiprocessors * choice.programs),)
+                options = _walking(cut, master, choice)
+                grid = (min(*grid, _programs(gpu, **options)),)
             launch(
                 adamw_step_coded_kernel, grid, *where,
                 words_on(device) if walking else tables_on(device), *optional, *scalars,
                 sum(counts), BLOCKS=_blocks(cut, choice), SIZE=cut.size, WHOLE=cut.whole,
-                DENSE=cut.dense, PTX=walking,
-                num_warps=choice.coded_warps if walking else choice.warps, **shared,
+                DENSE=cut.dense, PTX=walking, **options, **shared,
             )  # fmt: skip
     return None
 
@@ -200,7 +210,7 @@ def _plan(
     block = min(blocksize, cols)
     a_row = -(-cols // block)
     divisor = math.gcd(cols, block) if coded else elements
-    vectors = _VECTORS[1:] if coded and choice.programs else _VECTORS
+    vectors = _VECTORS[1:] if coded and choice.registers else _VECTORS
     fitting = (n for n in vectors if apart % (4 * n) == 0 and divisor % n == 0)
     vector = next(fitting, 1)
     if not coded:
@@ -231,6 +241,20 @@ def _numbers(lr: float, beta1: float, beta2: float, step: int) -> tuple[int, int
     numbers = lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step)
     bits = torch.tensor(numbers, dtype=torch.float32, device="cpu").view(torch.int32).tolist()
     return bits[0], bits[1]
+
+
+def _walking(cut: Cut, master: str, choice: Choice) -> dict[str, int]:
+    """Options of programs that walk, with as many registers as they need without spilling."""
+    needed = 64 if cut.size == 256 else 80
+    if master == "stochastic" and not cut.dense:
+        needed = 128
+    return {"num_warps": choice.walking_warps, "maxnreg": max(needed, choice.registers)}
+
+
+def _programs(gpu: Gpu, num_warps: int, maxnreg: int) -> int:
+    """How many programs that walk the GPU holds at once: by registers, and tables of 30 KB."""
+    a_multiprocessor = min(65536 // (32 * num_warps * maxnreg), gpu.shared_memory // 32768)
+    return gpu.multiprocessors * max(1, a_multiprocessor)
 
 
 def _there(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
