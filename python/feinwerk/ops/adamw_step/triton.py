@@ -5,7 +5,7 @@
                                               beside the step before; one kernel over all tiles
 ```
 Nothing is read back: clip_coef, grad_scale and found_inf stay on the GPU. The kernels and their
-tiles are in triton_kernels.py, the 8-bit codes in triton_codes.py.
+tiles are in triton_kernels.py, the 8-bit codes in triton_codes.py and for NVIDIA in triton_ptx.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _DTYPES = {
     torch.uint8: tl.uint8,
 }
 # A thread has so many consecutive elements, of every dtype: 8 bytes of codes, two 16-byte words of
-# fp32. A block of 256 is then a warp's own, whose maxima need no shared memory.
+# fp32; where programs walk, 4. A block of 256 is a warp's own, whose maxima need no shared memory.
 _VECTORS = (8, 4)
 _LARGEST = 2**31
 
@@ -60,8 +60,8 @@ class Choice(NamedTuple):
     warps: int
     # With PTX, programs of so many warps that fill the GPU walk over all tiles of codes, with so
     # many registers for a thread at least; 0: one program for each tile.
-    walking_warps: int
-    registers: int
+    walking_warps: int = 0
+    registers: int = 0
 
 
 class Cut(NamedTuple):
@@ -84,11 +84,10 @@ class Plan(NamedTuple):
 def choose(gpu: Gpu) -> Choice:
     """Return the configuration for a GPU."""
     if gpu.backend == "interpreter":
-        # Few programs: their number is what takes time there.
-        return Choice(8192, 8192, 1024, 4, 0, 0)
+        return Choice(8192, 8192, 1024, 4)  # few programs: their number is what takes time there
     if gpu.backend == "cuda" and not INTERPRETED:
         return Choice(1024, 2048, 2048, 4, 8, 64)
-    return Choice(1024, 2048, 2048, 4, 0, 0)
+    return Choice(1024, 2048, 2048, 4)
 
 
 def adamw_step(

@@ -1,4 +1,4 @@
-"""8-bit codes of the moments in Triton: look-ups in shared memory, the nearest code by arithmetic.
+"""8-bit codes of the moments for every target: look-ups by gather, the nearest code by arithmetic.
 
 ```
    dynamic map      decade d is cut into n 2^d equal cells: code(x) is piecewise linear, and concave

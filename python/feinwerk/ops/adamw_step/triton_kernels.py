@@ -1,7 +1,7 @@
-"""The kernels of adamw_step: a program takes one tile of one tensor of the list.
+"""The kernels of adamw_step: a program takes one tile of one tensor of the list, or walks on.
 
 ```
-   tiles   | tensor, tile | tensor, tile | ...      program i reads entry i
+   tiles   | tensor, tile | tensor, tile | ...      program i reads entry i (and i + programs ...)
    table   row of a tensor: addresses, sizes, what depends on its step
    tile    plain: ELEMENTS of the tensor      coded: BLOCKS blocks of up to SIZE elements, or one
                                                      block in pieces, when registers do not hold it
