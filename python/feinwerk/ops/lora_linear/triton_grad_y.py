@@ -20,12 +20,14 @@ from feinwerk.ops.lora_linear.triton_products import (
     Tiles,
     gain_of,
     parted_dot,
+    parted_sum,
+    parted_zeros,
     parts_of,
     parts_of_rows,
     precision_of,
 )  # fmt: skip
 from feinwerk.ops.lora_linear.triton_shrink import add_parts
-from feinwerk.triton_lib import Gpu, gpu_of, launch
+from feinwerk.triton_lib import Gpu, all_registers, gpu_of, launch
 
 # Parts of dS take rank * 4 bytes a row and block of columns: beyond this, reading dY again is less.
 MOST_RANK = 32
@@ -38,7 +40,7 @@ def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int, dora: bool, parts: int) -> T
     if dtype is not torch.bfloat16:
         return Tiles(32, 64, width, 4, 2)
     if gpu.backend == "hip":
-        return Tiles(32, 128, width, 8, 2)
+        return Tiles(32, 64, width, 4, 2)
     # What DoRA makes of dY, element by element, takes registers; so do parts of B.
     wide = width == 16 and not (dora and parts > 2) and gpu.arch != "80"
     columns = 256 if wide else 128
@@ -91,13 +93,17 @@ def read_grad_y(
     dS_parts = None if dS is None else torch.empty((blocks, rows, r), **make)
     dB_parts = None if grad_B is None else torch.empty((splits, r, N), **make)
     sums = None if y is None else torch.empty((splits, 2, N), **make)
+    # Rows of a tile that the warps hold at once, with 16 bytes a thread.
+    threads = tiles.warps * (64 if gpu.backend == "hip" else 32)
+    kept = min(tiles.rows, 16 // grad_y.element_size() * threads // tiles.columns)
     launch(
         lora_linear_grad_y_bwd_kernel, (blocks, splits),
         grad_y, lora_B, S, y, bias, magnitude, norm, scaled, dS_parts, dB_parts, sums,
         begin, end, N, r, lora_B.stride(0), lora_B.stride(1), S.stride(0), part * tiles.rows, less,
         ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank,
         B_PARTS=B_parts, S_PARTS=parts_of(grad_y.dtype, depths[1]),
-        PRECISION=precision_of(grad_y.device), STAGES=tiles.stages, num_warps=tiles.warps,
+        PRECISION=precision_of(grad_y.device), STAGES=tiles.stages, KEPT=kept,
+        num_warps=tiles.warps, **all_registers(grad_y.device),
     )  # fmt: skip
     if dS is not None and dS_parts is not None and rows:
         add_parts(dS[begin:end, :r], dS_parts, scaling=scaling)
@@ -106,12 +112,20 @@ def read_grad_y(
     return sums
 
 
+@triton.jit
+def _add_rows(total, tile):
+    """Add the rows of a tile to fewer rows, which every thread does by itself."""
+    ROWS: tl.constexpr = total.shape[0]
+    COLUMNS: tl.constexpr = total.shape[1]
+    return total + tl.sum(tl.reshape(tile, [tile.shape[0] // ROWS, ROWS, COLUMNS]), axis=0)
+
+
 @triton.jit(do_not_specialize=["begin", "end", "less"])
 def lora_linear_grad_y_bwd_kernel(
     grad_ptr, B_ptr, S_ptr, y_ptr, bias_ptr, magnitude_ptr, norm_ptr, scaled_ptr, dS_ptr, dB_ptr,
     sums_ptr, begin, end, N, r, B_row, B_column, S_stride, part, less,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, B_PARTS: tl.constexpr,
-    S_PARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    S_PARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS columns of one part of the rows; sums go over the rows in their order."""
     n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -131,9 +145,9 @@ def lora_linear_grad_y_bwd_kernel(
     bias = tl.zeros([COLUMNS], tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + n, mask=live, other=0.0).to(tl.float32)
-    dB = tl.zeros([COLUMNS, RANK], tl.float32)
-    total = tl.zeros([COLUMNS], tl.float32)
-    squares = tl.zeros([COLUMNS], tl.float32)
+    dB = parted_zeros(COLUMNS, RANK, S_PARTS)
+    total = tl.zeros([KEPT, COLUMNS], tl.float32)
+    squares = tl.zeros([KEPT, COLUMNS], tl.float32)
     for m in tl.range(start, stop, ROWS, num_stages=STAGES):
         row = m + tl.arange(0, ROWS).to(tl.int64)
         inside = row < stop
@@ -142,7 +156,8 @@ def lora_linear_grad_y_bwd_kernel(
         ranks = inside[:, None] & (j < r)[None, :]
         grad = tl.load(grad_ptr + at, mask=mask, other=0.0)
         if dS_ptr is not None:
-            dS = parted_dot(grad, B, tl.zeros([ROWS, RANK], tl.float32), B_PARTS, PRECISION)
+            dS = parted_dot(grad, B, parted_zeros(ROWS, RANK, B_PARTS), B_PARTS, PRECISION)
+            dS = parted_sum(dS, B_PARTS)
             target = tl.program_id(0) * (end - begin).to(tl.int64) + row - begin
             tl.store(dS_ptr + target[:, None] * r + j[None, :], dS, mask=ranks)
         if dB_ptr is not None:
@@ -150,16 +165,17 @@ def lora_linear_grad_y_bwd_kernel(
             dB = parted_dot(tl.trans(grad), S, dB, S_PARTS, PRECISION)
         if y_ptr is not None:
             inner = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            inner = tl.where(mask, inner - bias[None, :], 0.0)
-            total += tl.sum(grad.to(tl.float32) * inner, axis=0)
-            squares += tl.sum(inner * inner, axis=0)
+            if bias_ptr is not None:
+                inner = tl.where(mask, inner - bias[None, :], 0.0)
+            total = _add_rows(total, grad.to(tl.float32) * inner)
+            squares = _add_rows(squares, inner * inner)
         if scaled_ptr is not None:
             scaled = grad.to(tl.float32) * (gain - less)[None, :]
             tl.store(scaled_ptr + at, scaled.to(scaled_ptr.dtype.element_ty), mask=mask)
     if dB_ptr is not None:
         target = dB_ptr + (split * r + j[None, :]) * N + n[:, None]
-        tl.store(target, dB, mask=live[:, None] & (j < r)[None, :])
+        tl.store(target, parted_sum(dB, S_PARTS), mask=live[:, None] & (j < r)[None, :])
     if y_ptr is not None:
         target = sums_ptr + split * 2 * N + n
-        tl.store(target, total, mask=live)
-        tl.store(target + N, squares, mask=live)
+        tl.store(target, tl.sum(total, axis=0), mask=live)
+        tl.store(target + N, tl.sum(squares, axis=0), mask=live)

@@ -17,6 +17,8 @@ from feinwerk.ops.lora_linear.triton_products import (
     gain_of,
     kept,
     parted_dot,
+    parted_sum,
+    parted_zeros,
     parts_of,
     parts_of_rows,
     precision_of,
@@ -165,7 +167,7 @@ def lora_linear_outer_bwd_kernel(
     split = tl.program_id(2).to(tl.int64)
     start = begin + split * part
     stop = tl.minimum(start + part, end)
-    acc = tl.zeros([COLUMNS, RANK], tl.float32)
+    acc = parted_zeros(COLUMNS, RANK, PARTS)
     for m in tl.range(start, stop, ROWS, num_stages=STAGES):
         row = m + tl.arange(0, ROWS).to(tl.int64)
         inside = row < end
@@ -180,6 +182,7 @@ def lora_linear_outer_bwd_kernel(
             mask=inside[:, None] & (j < r)[None, :], other=0.0,
         )  # fmt: skip
         acc = parted_dot(tl.trans(x), left, acc, PARTS, PRECISION)
+    acc = parted_sum(acc, PARTS)
     if DROPOUT:
         acc = acc * keep_scale
     target = parts_ptr + (split * r + j[None, :]) * length + column[:, None]

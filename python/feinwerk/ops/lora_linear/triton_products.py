@@ -42,7 +42,7 @@ def precision_of(device: torch.device) -> str:
     return "tf32x3" if gpu_of(device).backend == "cuda" else "ieee"
 
 
-def tiles_of(gpu: Gpu, dtype: torch.dtype, rank: int, length: int) -> Tiles:
+def tiles_of(gpu: Gpu, dtype: torch.dtype, rank: int, length: int, parts: int) -> Tiles:
     """The tile of a product over long rows: x's rows, a step along them, ranks."""
     if gpu.backend == "interpreter":
         long = max(64, min(1024, triton.next_power_of_2(length)))
@@ -50,7 +50,22 @@ def tiles_of(gpu: Gpu, dtype: torch.dtype, rank: int, length: int) -> Tiles:
     low = dtype is torch.bfloat16
     width = max(16, triton.next_power_of_2(min(rank, 64 if low else 16)))
     # A mask of dropout comes 64 columns at a time.
-    return Tiles(32, 128 if low and width == 16 else 64, width, 4, 2 if gpu.backend == "hip" else 4)
+    columns = 128 if low and width == 16 and parts < 3 else 64
+    if low and parts < 3 and gpu.backend == "cuda" and gpu.arch != "80":
+        # 64 rows take wgmma; with three parts and loads of single elements it does not compile.
+        return Tiles(64, columns, width, 4, 3)
+    return Tiles(32, columns, width, 4, 2 if gpu.backend == "hip" else 4)
+
+
+def parts_of_length(gpu: Gpu, tiles: Tiles, length: int, programs: int) -> tuple[int, int]:
+    """Into how many parts the length of long rows is split, and the elements of each.
+
+    Enough for the GPU, where there are so many programs anyway; each has at least four steps.
+    """
+    steps = -(-length // tiles.columns)
+    splits = max(1, min(steps // 4, 2 * gpu.multiprocessors // programs))
+    part = -(-steps // splits)
+    return -(-steps // part), part * tiles.columns
 
 
 def parts_of_rows(gpu: Gpu, steps: int, least: int, programs: int) -> tuple[int, int]:
@@ -66,20 +81,58 @@ def parts_of_rows(gpu: Gpu, steps: int, least: int, programs: int) -> tuple[int,
 
 
 @triton.jit
+def _rounded(b):
+    """fp32 rounded to what bf16 holds, ties away from zero: by integers, as a conversion is slow.
+
+    A NaN may become a number: the rest of it is NaN still.
+    """
+    bits = b.to(tl.uint32, bitcast=True) + 0x8000
+    return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _beside(a, b):
+    """Two bf16 tiles [n, r] as one [n, 2 r], column beside column."""
+    return tl.reshape(tl.join(a.to(tl.bfloat16), b.to(tl.bfloat16)), [a.shape[0], 2 * a.shape[1]])
+
+
+@triton.jit
+def parted_zeros(ROWS: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr):
+    """Where `parted_dot` adds up [ROWS, RANK]: twice as wide with two parts or three."""
+    WIDTH: tl.constexpr = 2 * RANK if PARTS > 1 else RANK
+    return tl.zeros([ROWS, WIDTH], tl.float32)
+
+
+@triton.jit
 def parted_dot(a, b, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + a b for an fp32 b: exact products of a and the PARTS of b, or fp32 ones."""
+    """Return acc + a b for an fp32 b: exact products of a and the PARTS of b, or fp32 ones.
+
+    Parts lie beside each other, so that `a` is read once and a part is made by one warp, not by
+    all; `parted_sum` ends the sum.
+    """
     if PARTS == 0:
         acc = tl.dot(a.to(tl.float32), b, acc, input_precision=PRECISION)
+    elif PARTS == 1:
+        acc = tl.dot(a, b.to(a.dtype), acc)
     else:
-        part = b.to(a.dtype)
-        acc = tl.dot(a, part, acc)
-        if PARTS > 1:
-            rest = b - part.to(tl.float32)
-            part = rest.to(a.dtype)
-            acc = tl.dot(a, part, acc)
-            if PARTS > 2:
-                rest = rest - part.to(tl.float32)
-                acc = tl.dot(a, rest.to(a.dtype), acc)
+        part = _rounded(b)
+        rest = b - part
+        if PARTS == 2:
+            acc = tl.dot(a, _beside(part, rest), acc)
+        else:
+            second = _rounded(rest)
+            acc = tl.dot(a, _beside(part, second), acc)
+            rest = rest - second
+            third = _rounded(rest)
+            acc = tl.dot(a, _beside(third, rest - third), acc)
+    return acc
+
+
+@triton.jit
+def parted_sum(acc, PARTS: tl.constexpr):
+    """The sum [ROWS, RANK] of what `parted_dot` has added up."""
+    if PARTS > 1:
+        acc = tl.sum(tl.reshape(acc, [acc.shape[0], acc.shape[1] // 2, 2]), axis=2)
     return acc
 
 
@@ -87,10 +140,12 @@ def parted_dot(a, b, acc, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 def split_dot(a, b, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """Return acc + a b for two fp32 tiles; with SPLIT by three products of bf16 parts."""
     if SPLIT:
-        a_high = a.to(tl.bfloat16)
-        b_high = b.to(tl.bfloat16)
-        a_low = (a - a_high.to(tl.float32)).to(tl.bfloat16)
-        b_low = (b - b_high.to(tl.float32)).to(tl.bfloat16)
+        a_part = _rounded(a)
+        b_part = _rounded(b)
+        a_high = a_part.to(tl.bfloat16)
+        b_high = b_part.to(tl.bfloat16)
+        a_low = (a - a_part).to(tl.bfloat16)
+        b_low = (b - b_part).to(tl.bfloat16)
         acc = tl.dot(a_low, b_high, acc)
         acc = tl.dot(a_high, b_low, acc)
         acc = tl.dot(a_high, b_high, acc)

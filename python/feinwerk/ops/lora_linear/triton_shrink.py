@@ -17,7 +17,10 @@ from feinwerk.ops.lora_linear.triton_products import (
     gain_of,
     kept,
     parted_dot,
+    parted_sum,
+    parted_zeros,
     parts_of,
+    parts_of_length,
     precision_of,
     tiles_of,
 )  # fmt: skip
@@ -58,27 +61,23 @@ def shrink(
     if rows == 0:
         return
     gpu = gpu_of(x.device)
-    tiles = tiles_of(gpu, x.dtype, r, length)
+    number = parts_of(x.dtype, depth or length, right.dtype is x.dtype and norm is None)
+    tiles = tiles_of(gpu, x.dtype, r, length, number)
     if seed is not None and gpu.backend != "interpreter":
         tiles = tiles._replace(columns=64)  # drawing a mask takes registers
     blocks, ranks = -(-rows // tiles.rows), -(-r // tiles.rank)
-    steps = -(-length // tiles.columns)
-    # Enough programs for the GPU, each with at least four steps.
-    splits = max(1, min(steps // 4, gpu.multiprocessors // (blocks * ranks)))
-    part = -(-steps // splits)
-    splits = -(-steps // part)
-    whole, exact = splits == 1, right.dtype is x.dtype and norm is None
-    target = out
+    splits, part = parts_of_length(gpu, tiles, length, blocks * ranks)
+    whole, target = splits == 1, out
     if not whole:
         target = torch.empty((splits, rows, r), dtype=torch.float32, device=x.device)
     launch(
         lora_linear_shrink_fwd_kernel, (blocks, ranks, splits),
         x, right, scaling if whole else None, magnitude, norm, seed, target,
         begin, rows, length, r, x.stride(0), right.stride(0), right.stride(1),
-        target.stride(-2), part * tiles.columns, begin if whole else 0, rows * r,
+        target.stride(-2), part, begin if whole else 0, rows * r,
         1 / (1 - dropout_p) if seed is not None else 1.0, threshold(dropout_p),
         ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank,
-        DROPOUT=seed is not None, PARTS=parts_of(x.dtype, depth or length, exact),
+        DROPOUT=seed is not None, PARTS=number,
         PRECISION=precision_of(x.device), STAGES=tiles.stages, num_warps=tiles.warps,
         **all_registers(x.device),
     )  # fmt: skip
@@ -99,11 +98,13 @@ def add_parts(
     Times scaling, and times magnitude / norm, a factor of each column.
     """
     splits, rows, columns = parts.shape
-    height, width = (64, 256) if gpu_of(out.device).backend == "interpreter" else (4, 128)
+    size, ahead = (16384, 1) if gpu_of(out.device).backend == "interpreter" else (256, 16)
+    # A transposed result is written 16 of its contiguous elements at a time.
+    width = 16 if out.stride(0) == 1 else min(256, max(16, triton.next_power_of_2(columns)))
     launch(
-        lora_linear_add_parts_fwd_kernel, (-(-columns // width), -(-rows // height)),
+        lora_linear_add_parts_fwd_kernel, (-(-columns // width) * -(-rows // (size // width)),),
         out, parts, scaling, magnitude, norm, splits, rows, columns, out.stride(0), out.stride(1),
-        ROWS=height, COLUMNS=width, num_warps=4,
+        ROWS=size // width, COLUMNS=width, AHEAD=ahead, num_warps=4,
     )  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def lora_linear_shrink_fwd_kernel(
     last = tl.minimum(first + part, length)
     here = x_ptr + row[:, None] * x_stride
     vector = right_ptr + j[None, :].to(tl.int64) * right_row
-    acc = tl.zeros([ROWS, RANK], tl.float32)
+    acc = parted_zeros(ROWS, RANK, PARTS)
     for k in tl.range(first, last, COLUMNS, num_stages=STAGES):
         column = k + tl.arange(0, COLUMNS).to(tl.int64)
         inside = column < length
@@ -138,6 +139,7 @@ def lora_linear_shrink_fwd_kernel(
         if norm_ptr is not None:
             right = right * gain_of(magnitude_ptr, norm_ptr, column, inside)[:, None]
         acc = parted_dot(x, right, acc, PARTS, PRECISION)
+    acc = parted_sum(acc, PARTS)
     if DROPOUT:
         acc = acc * keep_scale
     if scaling_ptr is not None:
@@ -149,18 +151,23 @@ def lora_linear_shrink_fwd_kernel(
 @triton.jit(do_not_specialize=["splits", "rows"])
 def lora_linear_add_parts_fwd_kernel(
     out_ptr, parts_ptr, scaling_ptr, magnitude_ptr, norm_ptr, splits, rows, columns, out_row,
-    out_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    out_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """The sum of the parts of a tile, in their order, scaled and rounded once."""
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    """The sum of the parts of a tile, in their order, AHEAD loads at once, rounded once."""
+    blocks = tl.cdiv(columns, COLUMNS)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = (tl.program_id(0) % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (row < rows) & (column < columns)
     source = parts_ptr + row * columns + column
     step = rows.to(tl.int64) * columns
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for _ in range(splits):
-        total += tl.load(source, mask=mask, other=0.0)
-        source += step
+    number = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for first in range(0, splits, AHEAD):
+        for i in tl.static_range(AHEAD):
+            total += tl.load(
+                source + i * step, mask=mask & (number + first + i < splits), other=0.0
+            )
+        source += AHEAD * step
     if scaling_ptr is not None:
         total = total * tl.load(scaling_ptr)
     if norm_ptr is not None:

@@ -1,4 +1,10 @@
-"""weight_norm in Triton: one pass over W~, a slab of rows at a time, without B A."""
+"""weight_norm in Triton: one pass over W~, a slab of rows at a time, without B A.
+
+```
+   ||w + s b A||^2  =  base^2 + 2 s (w A^T) . b + s^2 (b A A^T) . b     w, b: rows of W~ and B
+                                    cross, in parts of the length
+```
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,10 @@ import triton.language as tl
 from feinwerk.ops.lora_linear.triton_base import Base
 from feinwerk.ops.lora_linear.triton_products import (
     parted_dot,
+    parted_sum,
+    parted_zeros,
     parts_of,
+    parts_of_length,
     precision_of,
     tiles_of,
 )  # fmt: skip
@@ -64,47 +73,80 @@ def norm_of_rows(
 ) -> None:
     """Fill norm [n] for rows of W~: the slab [n, K] with unit column stride, their rows of B."""
     (n, K), r, gpu = slab.shape, lora_A.shape[0], gpu_of(slab.device)
-    tiles = tiles_of(gpu, slab.dtype, r, K)
-    if gpu.backend != "interpreter":  # room for B and the product of B with A A^T
-        tiles = tiles._replace(rank=16, columns=min(tiles.columns, 64), stages=4)
+    number = parts_of(slab.dtype, K, lora_A.dtype is slab.dtype)
+    tiles = tiles_of(gpu, slab.dtype, r, K, number)
+    blocks, ranks = -(-n // tiles.rows), -(-r // tiles.rank)
+    splits, part = parts_of_length(gpu, tiles, K, max(1, blocks * ranks))
+    cross = torch.empty((splits * ranks, n), dtype=torch.float32, device=slab.device)
     launch(
-        weight_norm_fwd_kernel, (-(-n // tiles.rows),),
-        slab, lora_A, lora_B, square, scaling, base_norm, norm,
-        n, K, r, slab.stride(0), lora_A.stride(0), lora_A.stride(1), lora_B.stride(0),
-        lora_B.stride(1), ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank,
-        PARTS=parts_of(slab.dtype, K, lora_A.dtype is slab.dtype),
+        weight_norm_cross_fwd_kernel, (blocks, splits, ranks),
+        slab, lora_A, lora_B, cross, n, K, r, slab.stride(0), lora_A.stride(0), lora_A.stride(1),
+        lora_B.stride(0), lora_B.stride(1), part,
+        ROWS=tiles.rows, COLUMNS=tiles.columns, RANK=tiles.rank, PARTS=number,
         PRECISION=precision_of(slab.device), STAGES=tiles.stages, num_warps=tiles.warps,
         **all_registers(slab.device),
+    )  # fmt: skip
+    rows, ahead = (256, 1) if gpu.backend == "interpreter" else (32, 16)
+    launch(
+        weight_norm_fwd_kernel, (-(-n // rows),),
+        cross, lora_B, square, scaling, base_norm, norm, splits * ranks, n, r, lora_B.stride(0),
+        lora_B.stride(1), ROWS=rows, RANK=16, AHEAD=ahead, PRECISION=precision_of(slab.device),
+        num_warps=4,
     )  # fmt: skip
 
 
 @triton.jit
-def weight_norm_fwd_kernel(
-    slab_ptr, A_ptr, B_ptr, square_ptr, scaling_ptr, base_ptr, norm_ptr,
-    n, K, r, slab_stride, A_row, A_column, B_row, B_column,
+def weight_norm_cross_fwd_kernel(
+    slab_ptr, A_ptr, B_ptr, cross_ptr, n, K, r, slab_stride, A_row, A_column, B_row, B_column, part,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows: cross = (W A^T) . B and square = (B A A^T) . B, RANK ranks at a time."""
+    """One part of the length of ROWS rows: (W A^T) . B for RANK ranks."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < n
+    split = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(2) * RANK + tl.arange(0, RANK)
+    first = split * part
+    last = tl.minimum(first + part, K)
+    product = parted_zeros(ROWS, RANK, PARTS)
+    for k in tl.range(first, last, COLUMNS, num_stages=STAGES):
+        column = k + tl.arange(0, COLUMNS).to(tl.int64)
+        inside = column < K
+        W = tl.load(
+            slab_ptr + row[:, None] * slab_stride + column[None, :],
+            mask=live[:, None] & inside[None, :], other=0.0,
+        )  # fmt: skip
+        A = tl.load(
+            A_ptr + j[None, :].to(tl.int64) * A_row + column[:, None] * A_column,
+            mask=inside[:, None] & (j < r)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        product = parted_dot(W, A, product, PARTS, PRECISION)
+    B = tl.load(
+        B_ptr + row[:, None] * B_row + j[None, :].to(tl.int64) * B_column,
+        mask=live[:, None] & (j < r)[None, :], other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    cross = tl.sum(parted_sum(product, PARTS) * B, axis=1)
+    target = tl.program_id(2) * tl.num_programs(1) + split
+    tl.store(cross_ptr + target * n + row, cross, mask=live)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def weight_norm_fwd_kernel(
+    cross_ptr, B_ptr, square_ptr, scaling_ptr, base_ptr, norm_ptr, splits, n, r, B_row, B_column,
+    ROWS: tl.constexpr, RANK: tl.constexpr, AHEAD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows: the parts of cross in their order, and (B A A^T) . B, RANK ranks at a time."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < n
     cross = tl.zeros([ROWS], tl.float32)
+    source, number = cross_ptr + row, tl.zeros([ROWS], tl.int32)
+    for first in range(0, splits, AHEAD):
+        for i in tl.static_range(AHEAD):
+            cross += tl.load(source, mask=live & (number + first + i < splits), other=0.0)
+            source += n
     whole = tl.zeros([ROWS], tl.float32)
     for low in range(0, r, RANK):
         j = low + tl.arange(0, RANK)
-        product = tl.zeros([ROWS, RANK], tl.float32)
-        for k in tl.range(0, K, COLUMNS, num_stages=STAGES):
-            column = k + tl.arange(0, COLUMNS).to(tl.int64)
-            inside = column < K
-            W = tl.load(
-                slab_ptr + row[:, None] * slab_stride + column[None, :],
-                mask=live[:, None] & inside[None, :], other=0.0,
-            )  # fmt: skip
-            A = tl.load(
-                A_ptr + j[None, :].to(tl.int64) * A_row + column[:, None] * A_column,
-                mask=inside[:, None] & (j < r)[None, :], other=0.0,
-            ).to(tl.float32)  # fmt: skip
-            product = parted_dot(W, A, product, PARTS, PRECISION)
         image = tl.zeros([ROWS, RANK], tl.float32)
         for other in range(0, r, RANK):
             i = other + tl.arange(0, RANK)
@@ -121,7 +163,6 @@ def weight_norm_fwd_kernel(
             B_ptr + row[:, None] * B_row + j[None, :].to(tl.int64) * B_column,
             mask=live[:, None] & (j < r)[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
-        cross += tl.sum(product * B, axis=1)
         whole += tl.sum(image * B, axis=1)
     scaling = tl.load(scaling_ptr)
     change = 2.0 * scaling * cross + scaling * scaling * whole
