@@ -25,7 +25,15 @@ from benchmarks.gpu.device import Device
 from benchmarks.gpu.timing import Contender, alone
 from feinwerk import testing
 from feinwerk.ops.nf4_linear import triton as linear
-from feinwerk.triton_tuning import DecodeChoice, LinearTuning, TileChoice, linear_tuning
+from feinwerk.triton_tuning import (
+    ANY_ROWS,
+    DecodeChoice,
+    LinearTuning,
+    SlabChoice,
+    TileChoice,
+    VectorChoice,
+    linear_tuning,
+)
 
 DEADLINE_S = 110.0
 SHAPES = ((14336, 4096), (8192, 8192), (4096, 4096))
@@ -55,7 +63,12 @@ TRANSPOSED = [
     TileChoice(block_m=m, block_n=n, block_k=k, warps=warps, stages=3)
     for m, n, k, warps in ((32, 64, 64, 4), (64, 64, 64, 4), (64, 64, 128, 8), (64, 32, 128, 4))
 ]
-SLAB_MIB = (8, 16, 24, 32, 48)
+SLAB_MIB = (16, 28, 32, 64)
+VECTOR = [
+    VectorChoice(rows=rows, warps=warps, warps_per_multiprocessor=resident)
+    for rows, warps in ((2, 4), (4, 4), (8, 4), (8, 8))
+    for resident in (8, 12, 16, 20)
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +89,10 @@ class Case:
 def ways(base: LinearTuning, what: str, M: int) -> Iterator[tuple[str, LinearTuning]]:
     """Every configuration worth a try for so many rows."""
     change = dataclasses.replace
+    if what == "forward" and M <= 2:
+        for vector in VECTOR:
+            yield f"vector {vector}", change(base, vector=vector)
+    base = change(base, vector=VectorChoice(rows=0))
     if what == "forward" and M <= 16:
         for choice in DECODE:
             for programs in DECODE_PROGRAMS:
@@ -91,9 +108,10 @@ def ways(base: LinearTuning, what: str, M: int) -> Iterator[tuple[str, LinearTun
                 served = {"transposed": tried, "tile_rows_transposed": ALL}
             yield f"tile {tried}", change(base, **served)
     if M >= 16:
-        for mib in SLAB_MIB if M >= 1024 else (32, 48, 64):
-            size = mib << 20
-            yield f"slab {mib} MiB", change(base, slab_bytes=size, slab_bytes_many=size)
+        for mib in SLAB_MIB:
+            for beside in (False, True) if M >= 1024 else (False,):
+                slab = SlabChoice(ANY_ROWS, 0, mib << 20, beside=beside)
+                yield f"slab {mib} MiB{', two' * beside}", change(base, slabs=(slab,))
 
 
 def cases(base: LinearTuning) -> Iterator[Case]:
@@ -137,7 +155,7 @@ class Problem:
         (_, _, slab) = next(
             linear.slabs(
                 self.tables[0], self.case.N, self.case.K, 64, torch.bfloat16,
-                tuning=LinearTuning(slab_bytes=ALL),
+                tuning=LinearTuning(slabs=(SlabChoice(ANY_ROWS, ALL, ALL),)),
             )
         )  # fmt: skip
         return slab

@@ -10,6 +10,16 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class VectorChoice:
+    """The kernel of one or two rows of x: rows of W at a time, 0 to leave them to another."""
+
+    rows: int = 4
+    warps: int = 4  # at least; a row of 1024 elements takes one
+    warps_per_multiprocessor: int = 16
+    longest: int = 16384  # elements of x, which registers hold
+
+
+@dataclass(frozen=True)
 class DecodeChoice:
     """The decode kernel's tile: so many runs of 64 elements of W at a time."""
 
@@ -38,6 +48,25 @@ class TileChoice:
     lookup: str = "gather"  # of triton_tile: "gather" and "planes" are PTX
 
 
+ANY_ROWS = 1 << 62
+
+
+@dataclass(frozen=True)
+class SlabChoice:
+    """How dense slabs of W are made for up to `rows` rows of x, and how large they are.
+
+    A weight of up to `whole` bytes is one slab, others have slabs of up to `bytes`. With `beside`
+    there are two at a time, and the next one is decoded beside the product with one. With `keep`
+    they are written with the wish to stay in L2.
+    """
+
+    rows: int
+    whole: int
+    bytes: int
+    beside: bool = False
+    keep: bool = False
+
+
 @dataclass(frozen=True)
 class LinearTuning:
     """How nf4_linear and its gradient are served, by the number of rows M of x.
@@ -54,11 +83,14 @@ class LinearTuning:
     tile_rows: int = 16
     tile_rows_transposed: int = 0
     tile_rows_fp32: int = 4
-    # A dense slab, which L2 holds together with what it is multiplied with; of many rows more must
-    # stay there.
-    slab_bytes: int = 32 << 20
-    many_rows: int = 4096
-    slab_bytes_many: int = 16 << 20
+    slabs: tuple[SlabChoice, ...] = (
+        SlabChoice(128, 32 << 20, 32 << 20, keep=True),
+        # Shorter products would leave multiprocessors idle.
+        SlabChoice(383, 32 << 20, 64 << 20, keep=True),
+        SlabChoice(1535, 32 << 20, 32 << 20, keep=True),
+        SlabChoice(ANY_ROWS, 32 << 20, 28 << 20, beside=True, keep=True),
+    )
+    vector: VectorChoice = field(default_factory=VectorChoice)
     decode: DecodeChoice = field(default_factory=DecodeChoice)
     decode_many: DecodeChoice = field(default_factory=lambda: DecodeChoice(programs=8))  # M > 8
     tile: TileChoice = field(default_factory=TileChoice)
@@ -77,6 +109,10 @@ class LinearTuning:
             return self.tile_rows_fp32
         return self.tile_rows_transposed if transposed else self.tile_rows
 
+    def slab(self, rows: int | None) -> SlabChoice:
+        """How slabs are made for so many rows of x; None where nothing is multiplied with them."""
+        return next(choice for choice in self.slabs if (rows or 1) <= choice.rows)
+
 
 _INTERPRETED = TileChoice(block_m=128, block_n=128, block_k=128, least_steps=2, lookup="table")
 
@@ -90,8 +126,8 @@ _LINEAR: dict[tuple[str, str], LinearTuning] = {
         tile_rows=1 << 30,
         tile_rows_transposed=1 << 30,
         tile_rows_fp32=1 << 30,
-        slab_bytes=1 << 14,
-        slab_bytes_many=1 << 14,
+        slabs=(SlabChoice(ANY_ROWS, 1 << 14, 1 << 14),),
+        vector=VectorChoice(rows=32, warps_per_multiprocessor=1),
         decode=DecodeChoice(tile=128, programs=2, least_steps=1),
         decode_many=DecodeChoice(tile=128, programs=2, least_steps=1),
         tile=_INTERPRETED,
@@ -102,6 +138,7 @@ _LINEAR: dict[tuple[str, str], LinearTuning] = {
 }
 # AMD: no PTX, and 64 KiB of shared memory. Triton 3.6 cannot pipeline the decode kernel there.
 _HIP_LINEAR = LinearTuning(
+    vector=VectorChoice(rows=0),
     decode=DecodeChoice(stages=1),
     decode_many=DecodeChoice(stages=1),
     tile=TileChoice(stages=2, lookup="table"),

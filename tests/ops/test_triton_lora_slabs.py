@@ -15,6 +15,7 @@ if not _library.interpreting():  # not collected there, unless somebody names th
 
 from feinwerk import testing, triton_tuning
 from feinwerk.testing.adapters import make_adapters
+from feinwerk.triton_tuning import ANY_ROWS, SlabChoice
 
 KEY = ("interpreter", "none")
 
@@ -24,7 +25,7 @@ def slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve every number of rows by slabs, several in either direction of a [300, 600] weight."""
     small = dataclasses.replace(
         triton_tuning.linear_tuning(*KEY), decode_rows=0, tile_rows=0, tile_rows_transposed=0,
-        tile_rows_fp32=0, slab_bytes=1 << 14,
+        tile_rows_fp32=0, slabs=(SlabChoice(ANY_ROWS, 1 << 14, 1 << 14),),
     )  # fmt: skip
     monkeypatch.setitem(triton_tuning._LINEAR, KEY, small)
 

@@ -149,6 +149,8 @@ def faults(target: Target, found: Resources) -> list[str]:
     if found.shared > target.gpu.shared_memory:
         limit = target.gpu.shared_memory
         wrong.append(f"takes {found.shared} bytes of shared memory, {target.name} has {limit}")
+    if found.early:
+        wrong.append("starts beside the kernel before it, and reads memory before it waits for it")
     if found.needs_matrix and found.matrix in ("", "fma"):
         wrong.append(f"has a product, but none of {', '.join(target.matrix)}")
     return wrong

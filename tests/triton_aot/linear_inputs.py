@@ -17,7 +17,8 @@ def above(N: int, K: int) -> str:
 REGIMES = (
     (1, BF16, True, True),
     (1, BF16, False, False),
-    (2, BF16, True, False),
+    (2, BF16, True, True),
+    (2, FP16, False, False),
     (3, BF16, True, False),
     (4, BF16, True, False),
     (8, BF16, True, False),
@@ -52,6 +53,9 @@ def nf4_linear() -> Rows:
     # M, N, K, blocksize, nested, dtype
     table = (
         (1, 31, 97, 64, True, BF16),
+        (2, 1000, 11008, 64, True, BF16),
+        (1, 2**17 + 1, 16384, 64, True, BF16),
+        (1, 4096, 32768, 64, True, BF16),
         (1, 4096, 4096, 32, False, BF16),
         (1, 4096, 4096, 4096, True, BF16),
         (5, 130, 320, 128, True, FP32),

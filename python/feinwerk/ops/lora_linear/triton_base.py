@@ -18,7 +18,7 @@ from feinwerk.ops.nf4_linear.triton import (
     tuning_of,
 )
 from feinwerk.triton_lib import gpu_of
-from feinwerk.triton_tuning import LinearTuning
+from feinwerk.triton_tuning import ANY_ROWS, LinearTuning, SlabChoice
 
 # Fills a part of a result that a product is then added to: part, its first column, the slab.
 Prepare = Callable[[torch.Tensor, int, torch.Tensor], None]
@@ -48,25 +48,33 @@ class Base:
         if gpu_of(weight.device).backend != "interpreter":
             return tuning
         # A few slabs of any weight: there it is their number that takes time.
-        few = max(tuning.slab_bytes, self.N * self.K * self.dtype.itemsize // 4)
-        return dataclasses.replace(tuning, slab_bytes=few)
+        few = max(tuning.slab(None).bytes, self.N * self.K * self.dtype.itemsize // 4)
+        return dataclasses.replace(tuning, slabs=(SlabChoice(ANY_ROWS, few, few),))
 
     def _without_slabs(self, rows: int, *, transposed: bool = False) -> bool:
         fp32 = self.dtype is torch.float32
         most = self.tuning.rows_without_slabs(fp32=fp32, transposed=transposed)
         return not self.dense and rows <= most
 
-    def slabs(self, by: str = "rows") -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yield (begin, end, slab of W~), [end - begin, K] by "rows", else [N, end - begin]."""
+    def slabs(
+        self, by: str = "rows", rows: int | None = None
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield (begin, end, slab of W~), [end - begin, K] by "rows", else [N, end - begin].
+
+        `rows` of x that a slab is multiplied with, if it is, set their size.
+        """
         if not self.dense:
             yield from slabs(
-                self.tables, self.N, self.K, self.blocksize, self.dtype, by, tuning=self.tuning
-            )
+                self.tables, self.N, self.K, self.blocksize, self.dtype, by, rows=rows,
+                tuning=self.tuning,
+            )  # fmt: skip
             return
         weight = self.tables[0]
         assert weight is not None
         count, other = (self.N, self.K) if by == "rows" else (self.K, self.N)
-        step = slab_step(count, self.tuning.slab_bytes // (other * self.dtype.itemsize))
+        step = slab_step(
+            count, other * self.dtype.itemsize, rows, self.tuning.slab(rows), gpu_of(weight.device)
+        )
         for begin in range(0, count, step):
             end = min(begin + step, count)
             slab = weight[begin:end] if by == "rows" else weight[:, begin:end]
@@ -100,7 +108,7 @@ class Base:
                 yield 0, self.N, None, False
             return
         bias = None if bias is None else bias.detach().to(self.dtype)
-        for begin, end, slab in self.slabs():
+        for begin, end, slab in self.slabs(rows=rows):
             part = y[:, begin:end]
             if rows and prepare is not None:
                 prepare(part, begin, slab)
@@ -120,7 +128,7 @@ class Base:
         if self._without_slabs(rows, transposed=True):
             return None
         out = torch.empty((rows, self.K), dtype=self.dtype, device=grad.device)
-        for begin, end, slab in self.slabs("columns"):
+        for begin, end, slab in self.slabs("columns", rows):
             if rows:
                 prepare(out[:, begin:end], begin, slab)
                 out[:, begin:end].addmm_(grad, slab)

@@ -23,6 +23,9 @@ from feinwerk.triton_lib import Gpu, codebook_on, gpu_of, launch, load_absmax, n
 LOOKUPS = ("table", "planes", "select")  # "planes" is PTX
 
 
+_NARROWEST = 16  # groups of a tile's rows: one cache line of codes, two of bf16
+
+
 class Choice(NamedTuple):
     """How a weight is cut and looked up: the one place that decides it."""
 
@@ -72,6 +75,7 @@ def dequantize_tile(
     column: int,
     blocksize: int,
     choice: Choice | None = None,
+    keep: bool = False,
 ) -> None:
     """Fill out with W~[row : row + rows, column : column + columns] of a weight [*, K].
 
@@ -87,10 +91,11 @@ def dequantize_tile(
         column: first column of the tile.
         blocksize: elements per absmax.
         choice: another configuration than this GPU's own, for measurements.
+        keep: out is read next, and should stay in the L2 cache until then.
     """
     _launch(
         out, None, packed, absmax, nested_absmax, nested_codebook, nested_offset,
-        K=K, N=0, first=row * K + column, blocksize=blocksize, choice=choice,
+        K=K, N=0, first=row * K + column, blocksize=blocksize, choice=choice, keep=keep,
     )  # fmt: skip
 
 
@@ -109,7 +114,7 @@ def gather_rows(
     """Fill the contiguous out [rows, K] with the rows `indices` of a weight [N, K]."""
     _launch(
         out, indices, packed, absmax, nested_absmax, nested_codebook, nested_offset,
-        K=out.shape[1], N=N, first=0, blocksize=blocksize, choice=None,
+        K=out.shape[1], N=N, first=0, blocksize=blocksize, choice=None, keep=False,
     )  # fmt: skip
 
 
@@ -127,6 +132,7 @@ def _launch(
     first: int,
     blocksize: int,
     choice: Choice | None,
+    keep: bool,
 ) -> None:
     rows, columns = out.shape
     if rows and columns == K and indices is None:
@@ -139,7 +145,11 @@ def _launch(
     if first % group or (strided and (K % group or columns % group)):
         group = 1
     per_row = -(-columns // group)
-    width = min(triton.next_power_of_2(per_row), choice.groups)
+    # A row in whole tiles, where it can be: others take masks.
+    width = per_row & -per_row if strided else 0
+    if width < _NARROWEST:
+        width = triton.next_power_of_2(per_row)
+    width = min(width, choice.groups)
     height = choice.groups // width if strided else 1
     pieces = -(-per_row // width)
     options = {"debug": True, "sanitize_overflow": False} if indices is not None else {}
@@ -149,7 +159,7 @@ def _launch(
         codebook_on(out.device), first, K, N, rows, columns, pieces,
         BLOCK_BITS=blocksize.bit_length() - 1, GROUP=group, HEIGHT=height, WIDTH=width,
         ONE_ROW=not strided, GATHER=indices is not None, NESTED=nested_absmax is not None,
-        LOOKUP=choice.lookup, num_warps=choice.warps, **options,
+        LOOKUP=choice.lookup, KEEP="evict_last" if keep else "", num_warps=choice.warps, **options,
     )  # fmt: skip
 
 
@@ -159,6 +169,7 @@ def nf4_dequantize_fwd_kernel(
     nested_offset_ptr, codebook_ptr, first, K, N, rows, columns, pieces,
     BLOCK_BITS: tl.constexpr, GROUP: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     ONE_ROW: tl.constexpr, GATHER: tl.constexpr, NESTED: tl.constexpr, LOOKUP: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """Decode HEIGHT rows of WIDTH groups; groups of one weight serve any alignment."""
     pid = tl.program_id(0)
@@ -197,7 +208,7 @@ def nf4_dequantize_fwd_kernel(
         byte = tl.load(packed_ptr + ((start + distance) >> 1), mask=live, other=0)
         even, odd = nf4_values(byte, codebook_ptr, "table")
         value = tl.where((start + distance) & 1 == 0, even, odd) * scale
-        tl.store(target, value.to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(target, value.to(out_ptr.dtype.element_ty), mask=live, eviction_policy=KEEP)
     else:
         source = packed_ptr + (start >> 1) + (distance >> 1)
         whole = (top + HEIGHT <= rows) & (left + WIDTH * GROUP <= columns)
@@ -211,7 +222,7 @@ def nf4_dequantize_fwd_kernel(
             even, odd = _values(bytes, codebook_ptr, LOOKUP)
             value = tl.join(even * scale[:, None], odd * scale[:, None])
             value = tl.reshape(value, [HEIGHT * WIDTH, GROUP]).to(out_ptr.dtype.element_ty)
-            tl.store(target[:, None] + tl.arange(0, GROUP)[None, :], value)
+            tl.store(target[:, None] + tl.arange(0, GROUP)[None, :], value, eviction_policy=KEEP)
         else:
             scale = load_absmax(
                 absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, nested_offset_ptr, block, live,
@@ -224,7 +235,7 @@ def nf4_dequantize_fwd_kernel(
             value = tl.join(even * scale[:, None], odd * scale[:, None])
             value = tl.reshape(value, [HEIGHT * WIDTH, GROUP]).to(out_ptr.dtype.element_ty)
             one = tl.arange(0, GROUP)[None, :]
-            tl.store(target[:, None] + one, value, mask=one < rest)
+            tl.store(target[:, None] + one, value, mask=one < rest, eviction_policy=KEEP)
 
 
 @triton.jit

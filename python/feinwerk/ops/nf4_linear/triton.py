@@ -5,6 +5,8 @@ Other ops multiply with a weight in NF4 through `multiply`, `multiply_transposed
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,8 +15,9 @@ import torch
 from feinwerk.ops.nf4_dequantize.triton import dequantize_tile
 from feinwerk.ops.nf4_linear.triton_decode import RUN, decode
 from feinwerk.ops.nf4_linear.triton_tile import fits, multiply_tile, multiply_transposed_tile
-from feinwerk.triton_lib import gpu_of
-from feinwerk.triton_tuning import LinearTuning, TileChoice, linear_tuning
+from feinwerk.ops.nf4_linear.triton_vector import multiply_vectors, suits
+from feinwerk.triton_lib import Gpu, gpu_of
+from feinwerk.triton_tuning import LinearTuning, SlabChoice, TileChoice, linear_tuning
 
 # packed, absmax, nested_absmax, nested_codebook, nested_offset: the ops' order.
 Tables = tuple[torch.Tensor | None, ...]
@@ -82,10 +85,15 @@ def multiply(
     y = torch.empty((x2d.shape[0], N), dtype=x2d.dtype, device=x2d.device) if out is None else out
     if x2d.shape[0] == 0:
         return y
-    tuning = tuning or tuning_of(x2d)
+    tuning, packed = tuning or tuning_of(x2d), tables[0]
+    assert packed is not None
     rows, wide = x2d.shape[0], x2d.dtype is torch.float32
+    few = rows <= tuning.decode_rows and not wide
+    if few and suits(x2d, packed, blocksize, tuning.vector):
+        multiply_vectors(x2d, tables, bias, y, blocksize=blocksize, choice=tuning.vector)
+        return y
     in_runs = K % RUN == 0 and blocksize % RUN == 0
-    if rows <= tuning.decode_rows and not wide and in_runs and tuning.decode_outputs <= N:
+    if few and in_runs and tuning.decode_outputs <= N:
         choice = tuning.decode if rows <= 8 else tuning.decode_many
         decode(x2d, tables, bias, y, blocksize=blocksize, choice=choice)
         return y
@@ -147,41 +155,84 @@ def slabs(
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Yield (begin, end, slab of W~): [end - begin, K] by "rows", [N, end - begin] by "columns".
 
-    All slabs are written into one buffer: use a slab before taking the next. `rows` of x, if
-    known, set their size.
+    Slabs take turns in two buffers: use a slab before taking the next. `rows` of x, if known, set
+    their size. A slab after the first is decoded beside the product with the one before it.
     """
     packed, absmax, nested_absmax, nested_codebook, nested_offset = tables
     tuning = tuning or tuning_of(packed)
     count, other = (N, K) if by == "rows" else (K, N)
-    many = rows is not None and rows >= tuning.many_rows
-    bound = tuning.slab_bytes_many if many else tuning.slab_bytes
-    step = slab_step(count, bound // (other * dtype.itemsize))
-    buffer = torch.empty(step * other, dtype=dtype, device=packed.device)
-    for begin in range(0, count, step):
+    choice = tuning.slab(rows)
+    step = slab_step(count, other * dtype.itemsize, rows, choice, gpu_of(packed.device))
+    beside = _Beside(packed.device) if choice.beside and step < count and packed.is_cuda else None
+    shape = (1 if beside is None else 2, step * other)
+    buffers = torch.empty(shape, dtype=dtype, device=packed.device)
+    for i, begin in enumerate(range(0, count, step)):
         end = min(begin + step, count)
         shape = (end - begin, K) if by == "rows" else (N, end - begin)
         row, column = (begin, 0) if by == "rows" else (0, begin)
-        slab = buffer[: shape[0] * shape[1]].view(shape)
-        dequantize_tile(
-            slab, packed, absmax, nested_absmax, nested_codebook, nested_offset,
-            K=K, row=row, column=column, blocksize=blocksize,
-        )  # fmt: skip
+        slab = buffers[i % len(buffers)][: shape[0] * shape[1]].view(shape)
+        with contextlib.nullcontext() if beside is None else beside.turn(i):
+            dequantize_tile(
+                slab, packed, absmax, nested_absmax, nested_codebook, nested_offset,
+                K=K, row=row, column=column, blocksize=blocksize, keep=choice.keep,
+            )  # fmt: skip
         yield begin, end, slab
 
 
-def slab_step(count: int, most: int) -> int:
-    """Return how many of count rows or columns a slab has: whole tiles, at most about `most`.
+class _Beside:
+    """Turns of work on a stream of its own, between uses of what it fills on the caller's stream.
 
-    Slabs of equal size where there are some: a short product costs nearly what a long one does.
+    The first turn is on the caller's stream. A later one waits for what the caller had queued when
+    the turn before began, and the caller waits for it.
     """
-    if count <= max(most, _STEP):
+
+    def __init__(self, device: torch.device) -> None:
+        self.main = torch.cuda.current_stream(device)
+        self.side = _side_stream(device)
+        self.free: torch.cuda.Event | None = None
+
+    @contextlib.contextmanager
+    def turn(self, i: int) -> Iterator[None]:
+        """Queue work on the side; turns are numbered from 0."""
+        used = torch.cuda.Event()
+        used.record(self.main)
+        if i == 0:
+            yield
+        else:
+            assert self.free is not None
+            self.side.wait_event(self.free)
+            with torch.cuda.stream(self.side):
+                yield
+            done = torch.cuda.Event()
+            done.record(self.side)
+            self.main.wait_event(done)
+        self.free = used
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def slab_step(count: int, size: int, rows: int | None, choice: SlabChoice, gpu: Gpu) -> int:
+    """Return how many of count rows or columns, of `size` bytes, a slab has: whole tiles.
+
+    So that the products with `rows` rows of x take few waves of tiles of 128 by 256, the last of
+    which is as full as may be, and there are few of them.
+    """
+    if count * size <= choice.whole or count <= _STEP:
         return count
-    most = max(most // _STEP, 1) * _STEP
-    for step in range(most, most // 2, -_STEP):
-        if count % step == 0:
-            return step
-    parts = -(-count // most)
-    return -(-count // (parts * _STEP)) * _STEP
+    most = choice.bytes // size
+    down = -(-(rows or 1) // 128)
+
+    def cost(step: int) -> tuple[float, int]:
+        parts, rest = divmod(count, step)
+        waves = parts * -(-down * (step // _STEP) // gpu.multiprocessors)
+        if rest:
+            waves += -(-down * -(-rest // _STEP) // gpu.multiprocessors)
+        return waves + 0.1 * -(-count // step), step
+
+    return min(range(_STEP, max(most, _STEP) + 1, _STEP), key=cost)
 
 
 def _choice(choice: TileChoice, tuning: LinearTuning, K: int, blocksize: int) -> TileChoice:
