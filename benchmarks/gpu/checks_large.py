@@ -60,10 +60,14 @@ def _timed_shapes(tiny: bool) -> Iterator[Check]:
     """bf16 as it is timed, every branch by M; W~ by the reference."""
     for N, K in ((24, 64),) if tiny else ((14336, 4096), (8192, 8192), (4096, 4096)):
         weight = _Once(lambda device, N=N, K=K: make_weight(device, N, K))
-        for M in (1, 5) if tiny else (1, 4, 16, 64, 128, 256, 2048):
+        for M in (1, 5) if tiny else (1, 2, 4, 16, 64, 128, 256, 2048):
             yield _product(weight, N, K, M)
         for M in (5,) if tiny else (1, 16, 128, 2048):
             yield _gradient(weight, N, K, M)
+    if not tiny:  # slabs of columns whose tiles are narrow
+        wide = _Once(lambda device: make_weight(device, 4096, 14336))
+        yield _product(wide, 4096, 14336, 2048)
+        yield _gradient(wide, 4096, 14336, 2048)
 
 
 def dense_of(weight: NF4Weight, dtype: torch.dtype) -> torch.Tensor:

@@ -12,8 +12,8 @@ from benchmarks.gpu.correctness import Check, Results, moved, on_host
 from feinwerk import nf4_linear_backward
 from feinwerk.testing import DTYPES, WeightCase, assert_within_budget, make_weight, make_x
 
-# None, one, few, the decode kernel's edge, the tile kernel's, more than a tile, several slabs.
-ROWS = (0, 1, 3, 16, 17, 64, 129, 300)
+# None, the vector kernel's, few, the decode kernel's edge, more than a tile, several slabs.
+ROWS = (0, 1, 2, 3, 16, 17, 64, 129, 300)
 TINY_ROWS = (0, 1, 17)
 # (N, K, blocksize): an odd K with blocks that cross rows, whole tiles, odd everything, large ones.
 SHAPES = ((130, 321, 64), (384, 1024, 64), (31, 97, 32), (64, 4096, 4096), (1000, 576, 128))

@@ -65,9 +65,9 @@ TRANSPOSED = [
 ]
 SLAB_MIB = (16, 28, 32, 64)
 VECTOR = [
-    VectorChoice(rows=rows, warps=warps, warps_per_multiprocessor=resident)
-    for rows, warps in ((2, 4), (4, 4), (8, 4), (8, 8))
-    for resident in (8, 12, 16, 20)
+    VectorChoice(words=words, x_words=x_words, warps_per_multiprocessor=resident)
+    for words, x_words in ((8, 4), (16, 4), (8, 8), (16, 8), (32, 8), (16, 16))
+    for resident in (12, 16, 20)
 ]
 
 
@@ -92,7 +92,7 @@ def ways(base: LinearTuning, what: str, M: int) -> Iterator[tuple[str, LinearTun
     if what == "forward" and M <= 2:
         for vector in VECTOR:
             yield f"vector {vector}", change(base, vector=vector)
-    base = change(base, vector=VectorChoice(rows=0))
+    base = change(base, vector=VectorChoice(words=0))
     if what == "forward" and M <= 16:
         for choice in DECODE:
             for programs in DECODE_PROGRAMS:

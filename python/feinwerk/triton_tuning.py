@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class VectorChoice:
-    """The kernel of one or two rows of x: rows of W at a time, 0 to leave them to another."""
+    """The kernel of one or two rows of x: what a thread holds, words of eight elements."""
 
-    rows: int = 4
-    warps: int = 4  # at least; a row of 1024 elements takes one
+    words: int = 16  # of a tile of W; 0 leaves these rows to another kernel
+    x_words: int = 8  # of x, at most
+    warps: int = 4  # at least
     warps_per_multiprocessor: int = 16
-    longest: int = 16384  # elements of x, which registers hold
+    longest: int = 16384  # elements of x
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ _LINEAR: dict[tuple[str, str], LinearTuning] = {
         tile_rows_transposed=1 << 30,
         tile_rows_fp32=1 << 30,
         slabs=(SlabChoice(ANY_ROWS, 1 << 14, 1 << 14),),
-        vector=VectorChoice(rows=32, warps_per_multiprocessor=1),
+        vector=VectorChoice(words=256, warps_per_multiprocessor=1),
         decode=DecodeChoice(tile=128, programs=2, least_steps=1),
         decode_many=DecodeChoice(tile=128, programs=2, least_steps=1),
         tile=_INTERPRETED,
@@ -138,7 +139,7 @@ _LINEAR: dict[tuple[str, str], LinearTuning] = {
 }
 # AMD: no PTX, and 64 KiB of shared memory. Triton 3.6 cannot pipeline the decode kernel there.
 _HIP_LINEAR = LinearTuning(
-    vector=VectorChoice(rows=0),
+    vector=VectorChoice(words=0),
     decode=DecodeChoice(stages=1),
     decode_many=DecodeChoice(stages=1),
     tile=TileChoice(stages=2, lookup="table"),

@@ -88,7 +88,7 @@ def test_out_may_be_a_slice() -> None:
 def test_decode_for_any_cut_of_K(splits: int, runs: int) -> None:
     choice = DecodeChoice(tile=64, runs=runs, splits=splits, least_steps=1)
     tuning = LinearTuning(
-        vector=VectorChoice(rows=0), decode=choice, decode_many=choice, decode_outputs=1
+        vector=VectorChoice(words=0), decode=choice, decode_many=choice, decode_outputs=1
     )
     for K in (320, 768):
         weight = make_weight(150, K, double_quant=True)
@@ -103,8 +103,8 @@ def test_decode_for_any_cut_of_K(splits: int, runs: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_vectors_for_any_cut(dtype: torch.dtype, double_quant: bool) -> None:
     # Rows of whole parts or not, of one or several blocks of absmax codes, tiles that fit or not.
-    for N, K, blocksize, lines in ((37, 64, 32, 8), (130, 576, 64, 4), (9, 32768, 32, 2)):
-        tuning = LinearTuning(vector=VectorChoice(rows=lines, longest=2 * K))
+    for N, K, blocksize, words in ((37, 64, 32, 4), (130, 576, 64, 16), (9, 32768, 32, 16)):
+        tuning = LinearTuning(vector=VectorChoice(words=words, longest=2 * K))
         weight = make_weight(N, K, blocksize=blocksize, double_quant=double_quant)
         bias = make_x((N,), torch.float32, seed=2)
         for rows in (1, 2):
@@ -122,7 +122,7 @@ def test_rows_that_vectors_leave_to_others() -> None:
     assert not triton_vector.suits(x, packed, 128, choice)  # a block in two rows
     assert not triton_vector.suits(make_x((3, 192), torch.bfloat16), packed, 64, choice)
     assert not triton_vector.suits(x, packed[1:], 64, choice)  # words begin inside of words
-    assert not triton_vector.suits(x, packed, 64, VectorChoice(rows=0))
+    assert not triton_vector.suits(x, packed, 64, VectorChoice(words=0))
     assert not triton_vector.suits(x, packed, 64, VectorChoice(longest=128))
     for tables in (weight.tables, (torch.cat([packed[:1], packed])[1:], *weight.tables[1:])):
         y = linear.multiply(x, tables, tuning=LinearTuning(), **weight.sizes)

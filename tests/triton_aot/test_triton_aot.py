@@ -110,6 +110,25 @@ def test_shared_memory_above_the_devices_is_found() -> None:
 
 
 @pytest.mark.usefixtures("compiler")
+def test_static_shared_memory_counts() -> None:
+    with launches.collecting() as collector:
+        stand_in(TARGETS["sm_90"])
+        faulty_kernels.table_kernel[(1,)](meta(64), 64, enable_fp_fusion=False)
+    (launch,) = collector.launches.values()
+    assert resources_of(launch.compile(), launch.target).shared == 32768
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("wait", ["first", "late", "never"])
+def test_a_kernel_that_reads_before_it_waits_is_found(wait: str) -> None:
+    kernel = faulty_kernels.early_kernel
+    assert compiled("sm_90", kernel, meta(64), 64, wait) == []  # launched after the one before it
+    faults = compiled("sm_90", kernel, meta(64), 64, wait, launch_pdl=True)
+    assert len(faults) == (wait != "first")
+    assert all("before it waits" in fault for fault in faults)
+
+
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_product_has_its_matrix_instruction(target: str) -> None:
     kernel, x = faulty_kernels.product_kernel, meta(64, 64, dtype=BF16)

@@ -146,7 +146,7 @@ def suits(x: torch.Tensor, packed: torch.Tensor, blocksize: int, choice: VectorC
     """Whether the kernel serves this: rows of whole blocks that the threads' registers hold."""
     M, K = x.shape
     return (
-        choice.rows > 0
+        choice.words > 0
         and M <= 2
         and K % blocksize == 0
         and choice.longest >= M * K
@@ -173,17 +173,18 @@ def multiply_vectors(
     assert packed is not None
     lookup = "pairs" if gpu.backend == "cuda" else "select"
     early = gpu.backend == "cuda" and int(gpu.arch) >= 90
-    threads = triton.next_power_of_2(K // (8 * WORDS))  # that a row keeps busy
-    warps = max(choice.warps, threads // 32)
-    tiles = -(-N // choice.rows)
+    parts = triton.next_power_of_2(K // (8 * WORDS))  # of a row, one thread's at least
+    warps = max(choice.warps, M * parts * WORDS // (32 * choice.x_words))
+    rows = max(1, choice.words * 32 * warps // (parts * WORDS))
+    tiles = -(-N // rows)
     programs = max(1, choice.warps_per_multiprocessor // warps) * gpu.multiprocessors
     launch(
         nf4_linear_vector_fwd_kernel, (min(tiles, programs),),
         x.view(torch.int32), packed.view(torch.int32), absmax, nested_absmax, nested_codebook,
         nested_offset, pairs_on(x.device, x.dtype) if lookup == "pairs" else None, bias, y,
         N, K // (8 * WORDS), tiles, y.stride(0),
-        BLOCK=blocksize // (8 * WORDS), ROWS=choice.rows, PARTS=threads,
-        EVEN=threads * 8 * WORDS == K, WHOLE=N % choice.rows == 0, XS=M,
+        BLOCK=blocksize // (8 * WORDS), ROWS=rows, PARTS=parts,
+        EVEN=parts * 8 * WORDS == K, WHOLE=N % rows == 0, XS=M,
         NESTED=nested_absmax is not None, LOOKUP=lookup, FP16=x.dtype is torch.float16,
         DIVISOR=triton_prmt.SCALES[x.dtype] if lookup == "pairs" else 1.0, EARLY=early,
         ROW_OUTER=NESTED_BLOCKSIZE % (K // blocksize) == 0,
