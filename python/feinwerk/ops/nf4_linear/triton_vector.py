@@ -22,7 +22,7 @@ import triton.language as tl
 
 from feinwerk.codebook import NESTED_BLOCKSIZE, NF4_VALUES
 from feinwerk.ops.nf4_linear import triton_prmt
-from feinwerk.triton_lib import gpu_of, launch, nf4_select
+from feinwerk.triton_lib import addresses, gpu_of, launch, nf4_select
 from feinwerk.triton_tuning import VectorChoice
 
 _NESTED = tl.constexpr(NESTED_BLOCKSIZE)
@@ -150,7 +150,7 @@ def suits(x: torch.Tensor, packed: torch.Tensor, blocksize: int, choice: VectorC
         and M <= 2
         and K % blocksize == 0
         and choice.longest >= M * K
-        and x.data_ptr() % 4 == packed.data_ptr() % 4 == 0
+        and not any(address % 4 for address in addresses((x, packed)))
     )
 
 
