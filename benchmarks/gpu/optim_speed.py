@@ -32,8 +32,8 @@ CONTENDERS: dict[str, tuple[float, torch.dtype, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 ROUNDS = 9
-# Programs of other sizes than the ones chosen: elements of a program, warps.
-OTHER_TILES = ((1024, 4), (2048, 4), (4096, 8), (1024, 2), (2048, 8))
+# Other programs than the ones chosen: warps, whether the next tile is brought to L2.
+OTHER_PROGRAMS = ((4, False), (8, False), (16, False), (4, True), (8, True), (16, True))
 
 
 def elapsed(steps: list[Callable[[], Any]], repeats: int) -> list[list[float]]:
@@ -127,14 +127,16 @@ def other_tiles(end: float) -> dict[str, float]:
     choose, found = module.choose, dict[str, float]()
     for name in ("8-bit", "8-bit, bf16 + remainder", "8-bit, bf16 stochastic"):
         ours = optimizer(name, SETS["one of 100 M"])
-        for elements, warps in OTHER_TILES:
+        for warps, ahead in OTHER_PROGRAMS:
             if time.monotonic() > end:
                 return found
-            module.choose = lambda gpu, e=elements, w=warps: module.Choice(e, e, 2048, w)
+            choice = module.Choice(256 * warps, 256 * warps, 2048, 4, warps, 64, ahead)
+            module.choose = lambda gpu, choice=choice: choice
             try:
                 ours.step()
                 (times,) = elapsed([ours.step], 2)
-                found[f"{name}, {elements} elements, {warps} warps"] = statistics.median(times)
+                more = ", the next tile ahead" if ahead else ""
+                found[f"{name}, {warps} warps{more}"] = statistics.median(times)
             finally:
                 module.choose = choose
         del ours

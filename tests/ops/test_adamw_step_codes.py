@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from feinwerk import adamw_step
 from feinwerk.codebook import dynamic_map
 from feinwerk.ops.adamw_step import triton_ptx
-from feinwerk.testing import assert_same_bits
+from feinwerk.testing import assert_same_bits, use_backend
+from feinwerk.testing.adamw import make_step
 
 SMALLEST_NORMAL = 2.0**-126
 # Powers of two, whose reciprocal is exact, and others; the ends of what has finite squares and of
@@ -139,6 +142,24 @@ def test_every_entry_of_the_tables_in_shared_memory(signed: bool) -> None:
     # What is below the lowest key has the code of zero.
     assert (torch.bucketize(torch.tensor([-(2.0**-22), 2.0**-22]), midpoints(True)) == 127).all()
     assert torch.bucketize(torch.tensor(2.0**-23), midpoints(False)) == 0
+
+
+def test_the_quotient_tests_every_moment_against_the_limit_of_its_block() -> None:
+    # A thread's 8 elements may be of two blocks, of which one has a moment that is out of range.
+    looked_at = re.findall(r"\$(\d+)", triton_ptx._QUOTIENT.value.split("@out bra slow;")[0])
+    assert sorted(map(int, looked_at)) == [*range(8, 16), *range(40, 48)]
+
+
+def test_a_huge_moment_beside_blocks_of_usual_ones(backend: str) -> None:
+    grad = torch.ones(40, 16)
+    grad[::3, 5] = -1e18
+    case = make_step((tuple(grad.shape),), states=torch.uint8)
+    case.grads[0] = grad
+    other = case.copy()
+    case.step()
+    with use_backend("reference"):
+        other.step()
+    assert_same_bits(case.params[0], other.params[0])
 
 
 @pytest.mark.full

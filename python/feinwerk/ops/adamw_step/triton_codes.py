@@ -20,8 +20,10 @@ import triton
 import triton.language as tl
 
 from feinwerk.codebook import dynamic_map
+from feinwerk.ops.adamw_step import triton_ptx as ptx
 
 _LOW = 0.1  # decades begin there: [0.1, 1] * 10^e, e = -6 .. 0
+_SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 _MAGIC = tl.constexpr(1.5 * 2.0**23)  # adding it rounds to an integer, in the lowest bits
 
 
@@ -95,3 +97,19 @@ def unsigned_codes(x, midpoints):
     line = tl.minimum(line, tl.fma(a, _C6, _D6))
     base = (line + _MAGIC).to(tl.int32, bitcast=True) & 0xFF
     return base + (a > look_up(midpoints, base)).to(tl.int32)
+
+
+@triton.jit
+def _reciprocal(most, PTX: tl.constexpr):
+    """1 / most; zero below the smallest normal number, where it would overflow."""
+    usable = most >= _SMALLEST_NORMAL
+    inverse = ptx.reciprocal(most) if PTX else tl.div_rn(1.0, tl.where(usable, most, 1.0))
+    return tl.where(usable, inverse, 0.0)
+
+
+@triton.jit
+def fresh(most, most_sq, PTX: tl.constexpr):
+    """Maxima of a block's magnitudes, or zeros where one has overflowed; and their reciprocals."""
+    finite = (most < float("inf")) & (most_sq < float("inf"))
+    most, most_sq = tl.where(finite, most, 0.0), tl.where(finite, most_sq, 0.0)
+    return most, most_sq, _reciprocal(most, PTX), _reciprocal(most_sq, PTX)

@@ -15,15 +15,13 @@ import triton
 import triton.language as tl
 
 from feinwerk.ops.adamw_step import triton_ptx as ptx
-from feinwerk.ops.adamw_step.triton_codes import look_up, signed_codes, unsigned_codes
+from feinwerk.ops.adamw_step.triton_codes import fresh, look_up, signed_codes, unsigned_codes
 from feinwerk.triton_lib import philox_word, philox_words
 
 # Columns of the table.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, REMAINDER, ABSMAX, ABSMAX_SQ = (tl.constexpr(i) for i in range(7))
 STEP_SIZE, CORRECTION, COUNT, COLS, BLOCK, FIRST, ROW = (tl.constexpr(i) for i in range(7, 14))
 COLUMNS = 16
-
-_SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -200,22 +198,6 @@ def _store_codes(
 
 
 @triton.jit
-def _reciprocal(most, PTX: tl.constexpr):
-    """1 / most; zero below the smallest normal number, where it would overflow."""
-    usable = most >= _SMALLEST_NORMAL
-    inverse = ptx.reciprocal(most) if PTX else tl.div_rn(1.0, tl.where(usable, most, 1.0))
-    return tl.where(usable, inverse, 0.0)
-
-
-@triton.jit
-def _fresh(most, most_sq, PTX: tl.constexpr):
-    """Maxima of a block's magnitudes, or zeros where one has overflowed; and their reciprocals."""
-    finite = (most < float("inf")) & (most_sq < float("inf"))
-    most, most_sq = tl.where(finite, most, 0.0), tl.where(finite, most_sq, 0.0)
-    return most, most_sq, _reciprocal(most, PTX), _reciprocal(most_sq, PTX)
-
-
-@triton.jit
 def _coded_tile(
     row_ptr, first_block, map_ptr, tables, seed_ptr, factor, weight1, decay1, weight2, floor,
     shrink, GRAD_DTYPE: tl.constexpr, MASTER: tl.constexpr, BLOCKS: tl.constexpr,
@@ -266,7 +248,7 @@ def _coded_tile(
     else:
         p = _descend(row_ptr, p, m, v, floor, shrink)
     _store_param(row_ptr, seed_ptr, p, offsets, begin, mask, MASTER, VEC, DENSE, PARTS)
-    most, most_sq, inverse, inverse_sq = _fresh(most, most_sq, PTX)
+    most, most_sq, inverse, inverse_sq = fresh(most, most_sq, PTX)
     if PTX:
         ptx.store(absmax_ptr, most, there)
         ptx.store(absmax_sq_ptr, most_sq, there)
@@ -292,17 +274,44 @@ def _largest(x, PARTS: tl.constexpr, BLOCKS: tl.constexpr):
     return tl.maximum(tl.max(tl.max(x, axis=0), axis=1), 0.0)
 
 
+@triton.jit
+def _entry(tiles_ptr, number, tiles):
+    """The tensor and the tile of an entry, or of the last one behind it."""
+    entry_ptr = tiles_ptr + 2 * tl.minimum(number, tiles - 1).to(tl.int64)
+    return tl.load(entry_ptr), tl.load(entry_ptr + 1)
+
+
+@triton.jit
+def _ask_ahead(
+    row_ptr, first_block, BLOCKS: tl.constexpr, SIZE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
+    MASTER: tl.constexpr,
+):  # fmt: skip
+    """Have the elements of a tile of whole blocks brought to L2."""
+    begin = first_block * SIZE
+    left = tl.load(row_ptr + COUNT) * SIZE - begin
+    elements = tl.minimum(left, BLOCKS * SIZE).to(tl.int32)
+    PARAM_SIZE: tl.constexpr = 4 if MASTER == "fp32" else 2
+    GRAD_SIZE: tl.constexpr = GRAD_DTYPE.primitive_bitwidth // 8
+    ptx.ask(tl.load(row_ptr + PARAM) + begin * PARAM_SIZE, elements * PARAM_SIZE)
+    ptx.ask(tl.load(row_ptr + GRAD) + begin * GRAD_SIZE, elements * GRAD_SIZE)
+    ptx.ask(tl.load(row_ptr + EXP_AVG) + begin, elements)
+    ptx.ask(tl.load(row_ptr + EXP_AVG_SQ) + begin, elements)
+    if MASTER == "remainder":
+        ptx.ask(tl.load(row_ptr + REMAINDER) + 2 * begin, elements * 2)
+
+
 @triton.jit(do_not_specialize=["tiles"])
 def adamw_step_coded_kernel(
     table_ptr, tiles_ptr, map_ptr, clip_ptr, scale_ptr, found_ptr, seed_ptr,
     sign, weight1, decay1, weight2, floor, shrink, tiles,
     GRAD_DTYPE: tl.constexpr, MASTER: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
     WHOLE: tl.constexpr, VEC: tl.constexpr, DENSE: tl.constexpr, COLUMNS: tl.constexpr,
-    PTX: tl.constexpr,
+    PTX: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Codes, in blocks that registers hold. WHOLE: every block has SIZE elements.
 
     PTX: few programs walk over all tiles, with their tables in shared memory; map_ptr: its words.
+    AHEAD: of every tile but the first, the elements are brought to L2 while the one before is done.
     """
     if _left_out(found_ptr):
         return
@@ -310,13 +319,22 @@ def adamw_step_coded_kernel(
     program = tl.program_id(0)
     if PTX:
         tables = ptx.fill(map_ptr)
-        tensor, tile = tl.load(tiles_ptr + 2 * program), tl.load(tiles_ptr + 2 * program + 1)
-        for now in range(program, tiles, tl.num_programs(0)):
-            # Which one is next is asked for ahead: it comes from far.
+        programs = tl.num_programs(0)
+        tensor, tile = _entry(tiles_ptr, program, tiles)
+        tensor_after, tile_after = _entry(tiles_ptr, program + programs, tiles)
+        for now in range(program, tiles, programs):
             row_ptr = table_ptr + tensor.to(tl.int64) * COLUMNS
             first_block = tile.to(tl.int64) * BLOCKS
-            next_ptr = tiles_ptr + 2 * tl.minimum(now + tl.num_programs(0), tiles - 1).to(tl.int64)
-            tensor, tile = tl.load(next_ptr), tl.load(next_ptr + 1)
+            # Which ones are next is asked for ahead: it comes from far.
+            if AHEAD:
+                tensor, tile = tensor_after, tile_after
+                tensor_after, tile_after = _entry(tiles_ptr, now + 2 * programs, tiles)
+                if now + programs < tiles:
+                    ahead_ptr = table_ptr + tensor.to(tl.int64) * COLUMNS
+                    next_block = tile.to(tl.int64) * BLOCKS
+                    _ask_ahead(ahead_ptr, next_block, BLOCKS, SIZE, GRAD_DTYPE, MASTER)
+            else:
+                tensor, tile = _entry(tiles_ptr, now + programs, tiles)
             _coded_tile(
                 row_ptr, first_block, map_ptr, tables, seed_ptr, factor, weight1, decay1, weight2,
                 floor, shrink, GRAD_DTYPE, MASTER, BLOCKS, SIZE, WHOLE, VEC, DENSE, PTX,
@@ -365,7 +383,7 @@ def adamw_step_large_kernel(
             weight1, decay1, weight2, GRAD_DTYPE, VEC, False,
         )  # fmt: skip
         most, most_sq = tl.maximum(most, tl.abs(m)), tl.maximum(most_sq, tl.abs(v))
-    most, most_sq, inverse, inverse_sq = _fresh(
+    most, most_sq, inverse, inverse_sq = fresh(
         tl.max(most, axis=0, keep_dims=True), tl.max(most_sq, axis=0, keep_dims=True), False
     )
     for piece in range(0, end, PIECE):

@@ -158,7 +158,10 @@ def _quotient(n: int) -> str:
     lines.append("mov.b32 least, -1;")
     for i in range(n):
         lines.append(f"mov.b32 u, ${m[i]}; mad.lo.u32 u, u, 2, -1; min.u32 least, least, u;")
-    lines.append(f"setp.le.u32 out, least, ${limit[0]}; @out bra slow;")
+    # A thread's elements may be of several blocks; where they are of one, this is one register.
+    lines.append(f"mov.b32 u, ${limit[0]};")
+    lines += [f"max.u32 u, u, ${at};" for at in limit[1:]]
+    lines.append("setp.le.u32 out, least, u; @out bra slow;")
     for i in range(n):
         lines.append(f"fma.rn.f32 a, ${v[i]}, 0f5f800000, 0f00800000;")  # 2^64, 2^-126
         lines.append("rsqrt.approx.ftz.f32 r, a; mul.rn.f32 s, a, r; mul.rn.f32 h, r, 0f3f000000;")
@@ -179,6 +182,13 @@ def _quotient(n: int) -> str:
 _STORE = tl.constexpr(
     "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.f32 [$1], $2; mov.u32 $0, 0; }"
 )
+_ASK = tl.constexpr("""{
+.reg .pred p; .reg .b32 t, n; .reg .b64 from;
+mov.u32 t, %tid.x; and.b32 n, $2, -16; and.b64 from, $1, -16;
+setp.eq.u32 p, t, 0; setp.gt.and.s32 p, n, 0, p;
+@p cp.async.bulk.prefetch.L2.global [from], n;
+mov.u32 $0, 0;
+}""")
 _DECODE = tl.constexpr(_decode())
 _ENCODE_PTX, _ENCODE_SQ_PTX = tl.constexpr(_encode(True)), tl.constexpr(_encode(False))
 _QUOTIENT = tl.constexpr(_quotient(8))
@@ -231,6 +241,14 @@ def store(ptr, value, mask):
         _STORE, "=r,l,f,r", [ptr.to(tl.int64), value, mask.to(tl.int32)],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def ask(ptr, size):
+    """Ask for `size` bytes from `ptr` on to be brought to L2, by one thread; sm_90 and later."""
+    tl.inline_asm_elementwise(
+        _ASK, "=r,l,r", [ptr.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
