@@ -281,25 +281,6 @@ def _entry(tiles_ptr, number, tiles):
     return tl.load(entry_ptr), tl.load(entry_ptr + 1)
 
 
-@triton.jit
-def _ask_ahead(
-    row_ptr, first_block, BLOCKS: tl.constexpr, SIZE: tl.constexpr, GRAD_DTYPE: tl.constexpr,
-    MASTER: tl.constexpr,
-):  # fmt: skip
-    """Have the elements of a tile of whole blocks brought to L2."""
-    begin = first_block * SIZE
-    left = tl.load(row_ptr + COUNT) * SIZE - begin
-    elements = tl.minimum(left, BLOCKS * SIZE).to(tl.int32)
-    PARAM_SIZE: tl.constexpr = 4 if MASTER == "fp32" else 2
-    GRAD_SIZE: tl.constexpr = GRAD_DTYPE.primitive_bitwidth // 8
-    ptx.ask(tl.load(row_ptr + PARAM) + begin * PARAM_SIZE, elements * PARAM_SIZE)
-    ptx.ask(tl.load(row_ptr + GRAD) + begin * GRAD_SIZE, elements * GRAD_SIZE)
-    ptx.ask(tl.load(row_ptr + EXP_AVG) + begin, elements)
-    ptx.ask(tl.load(row_ptr + EXP_AVG_SQ) + begin, elements)
-    if MASTER == "remainder":
-        ptx.ask(tl.load(row_ptr + REMAINDER) + 2 * begin, elements * 2)
-
-
 @triton.jit(do_not_specialize=["tiles"])
 def adamw_step_coded_kernel(
     table_ptr, tiles_ptr, map_ptr, clip_ptr, scale_ptr, found_ptr, seed_ptr,
@@ -311,7 +292,7 @@ def adamw_step_coded_kernel(
     """Codes, in blocks that registers hold. WHOLE: every block has SIZE elements.
 
     PTX: few programs walk over all tiles, with their tables in shared memory; map_ptr: its words.
-    AHEAD: of every tile but the first, the elements are brought to L2 while the one before is done.
+    AHEAD: every tile but the first is brought to L2 while the one before is done.
     """
     if _left_out(found_ptr):
         return
@@ -332,7 +313,10 @@ def adamw_step_coded_kernel(
                 if now + programs < tiles:
                     ahead_ptr = table_ptr + tensor.to(tl.int64) * COLUMNS
                     next_block = tile.to(tl.int64) * BLOCKS
-                    _ask_ahead(ahead_ptr, next_block, BLOCKS, SIZE, GRAD_DTYPE, MASTER)
+                    ptx.ask(
+                        ahead_ptr, next_block, BLOCKS, SIZE, 4 if MASTER == "fp32" else 2,
+                        GRAD_DTYPE.primitive_bitwidth // 8, 2 if MASTER == "remainder" else 0,
+                    )  # fmt: skip
             else:
                 tensor, tile = _entry(tiles_ptr, now + programs, tiles)
             _coded_tile(
