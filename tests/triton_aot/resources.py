@@ -74,7 +74,7 @@ def _nvidia(compiled: Any) -> tuple[int, int, int]:
     registers, stack, static, local = map(int, found.groups())
     # From sm_90 on the system keeps 1024 bytes, which are counted here.
     kept = 1024 if compiled.metadata.target.arch >= 90 else 0
-    return registers, stack + local, static - kept
+    return registers, stack + local, max(0, static - kept)
 
 
 def _amd(compiled: Any) -> tuple[int, int, int]:
