@@ -14,7 +14,7 @@ from feinwerk import square_sum
 from feinwerk.testing import DTYPES
 from feinwerk.testing.adamw import MASTERS, STATE_DTYPES, StepCase, make_step
 
-SHAPES = ((), (1,), (7,), (33, 97), (3, 4, 50), (300, 520), (1024, 768))
+SHAPES = ((), (1,), (7,), (33, 97), (3, 4, 50), (300, 16), (300, 520), (1024, 768))
 TINY = ((), (7,), (3, 40))
 STEPS = 3
 
@@ -42,6 +42,9 @@ def _steps(tiny: bool) -> Iterator[Check]:
         yield _stepped(f"left out, {short(states)} states", case, **skipped)
     odd = make_step(shapes, states=torch.uint8, blocksize=100, seed=8)
     yield _stepped("blocks of 100", odd)
+    # Squares that overflow in some blocks, beside others that a thread shares with them.
+    coded = make_step(shapes, states=torch.uint8, seed=10)
+    yield _stepped("huge gradients", coded, huge=1e18)
 
 
 def case_on(case: StepCase, device: torch.device) -> StepCase:
@@ -50,8 +53,11 @@ def case_on(case: StepCase, device: torch.device) -> StepCase:
     return dataclasses.replace(case, **tensors, options=moved(case.options, device))
 
 
-def _stepped(name: str, case: StepCase, **changes: Any) -> Check:
-    """Some steps in a row, with new gradients for each; every tensor that they write."""
+def _stepped(name: str, case: StepCase, huge: float = 1.0, **changes: Any) -> Check:
+    """Some steps in a row, with new gradients for each; every tensor that they write.
+
+    Every seventh gradient is `huge` times as large.
+    """
 
     def actual(device: torch.device) -> Results:
         host, there = case.copy(), case_on(case, device)
@@ -59,6 +65,8 @@ def _stepped(name: str, case: StepCase, **changes: Any) -> Check:
         for step in range(STEPS):
             there.step(**given)
             host.advance(step)
+            for grad in host.grads:
+                grad.view(-1)[::7].mul_(huge)
             there.options["steps"] = list(host.options["steps"])
             for mine, theirs in zip(there.grads, host.grads, strict=True):
                 mine.copy_(theirs)
