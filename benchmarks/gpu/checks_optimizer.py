@@ -42,7 +42,7 @@ def _steps(tiny: bool) -> Iterator[Check]:
         yield _stepped(f"left out, {short(states)} states", case, **skipped)
     odd = make_step(shapes, states=torch.uint8, blocksize=100, seed=8)
     yield _stepped("blocks of 100", odd)
-    # Squares that overflow in some blocks, beside others that a thread shares with them.
+    # Moments beyond the fast quotient's range in some blocks, beside others in the same thread.
     coded = make_step(shapes, states=torch.uint8, seed=10)
     yield _stepped("huge gradients", coded, huge=1e18)
 
