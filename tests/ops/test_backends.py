@@ -71,7 +71,7 @@ def test_what_a_kernel_does_not_serve_goes_to_the_reference(
     kernel = types.ModuleType("feinwerk_test_kernel")
     kernel.foo = lambda x, y=0: x + y if x > 0 else NotImplemented  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, kernel.__name__, kernel)
-    run = _library._lazy(kernel.__name__, "foo", lambda x, y=0: ("reference", x, y))
+    run = _library._lazy(kernel.__name__, "foo", lambda x, y=0: ("reference", x, y), True)
     assert run(1, y=2) == 3
     assert run(-1, y=2) == ("reference", -1, 2)
 
