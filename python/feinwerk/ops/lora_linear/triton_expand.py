@@ -32,7 +32,8 @@ def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int) -> Tiles:
     if gpu.backend == "interpreter":
         return Tiles(128, 256, max(16, triton.next_power_of_2(min(rank, 256))), 4, 1)
     width = max(16, triton.next_power_of_2(min(rank, 32)))
-    return Tiles(64 if dtype is torch.bfloat16 else 32, 64, width, 4, 1)
+    low = dtype is torch.bfloat16 and gpu.backend == "cuda"
+    return Tiles(64 if dtype is torch.bfloat16 else 32, 128 if low else 64, width, 4, 1)
 
 
 def expand(

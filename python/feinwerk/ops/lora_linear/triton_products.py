@@ -53,7 +53,7 @@ def tiles_of(gpu: Gpu, dtype: torch.dtype, rank: int, length: int, parts: int) -
     columns = 128 if low and width == 16 and parts < 3 else 64
     if low and parts < 3 and gpu.backend == "cuda" and gpu.arch != "80":
         # 64 rows take wgmma; with three parts and loads of single elements it does not compile.
-        return Tiles(64, columns, width, 4, 3)
+        return Tiles(64, 64, width, 4, 5) if parts == 2 else Tiles(64, columns, width, 4, 3)
     return Tiles(32, columns, width, 4, 2 if gpu.backend == "hip" else 4)
 
 
