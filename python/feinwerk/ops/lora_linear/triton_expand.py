@@ -28,12 +28,14 @@ from feinwerk.philox import threshold
 from feinwerk.triton_lib import Gpu, all_registers, gpu_of, launch
 
 
-def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int) -> Tiles:
+def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int, stride: int) -> Tiles:
     if gpu.backend == "interpreter":
         return Tiles(128, 256, max(16, triton.next_power_of_2(min(rank, 256))), 4, 1)
     width = max(16, triton.next_power_of_2(min(rank, 32)))
-    low = dtype is torch.bfloat16 and gpu.backend == "cuda"
-    return Tiles(64 if dtype is torch.bfloat16 else 32, 128 if low else 64, width, 4, 1)
+    low = dtype is torch.bfloat16
+    # Rows that begin anywhere take an address an element, for which a wide tile has no registers.
+    wide = low and gpu.backend == "cuda" and stride % 16 == 0
+    return Tiles(64 if low else 32, 128 if wide else 64, width, 4, 1)
 
 
 def expand(
@@ -72,7 +74,7 @@ def expand(
         fresh: out holds nothing: it is filled with what is to be added to, the bias included.
     """
     (r, n), gpu = right.shape, gpu_of(out.device)
-    tiles = _tiles(gpu, out.dtype, r)
+    tiles = _tiles(gpu, out.dtype, r, out.stride(0))
     launch(
         lora_linear_expand_fwd_kernel, (-(-(end - begin) // tiles.rows), -(-n // tiles.columns)),
         out, left, right, scaling, magnitude, norm, bias, z, seed,
