@@ -17,7 +17,8 @@ class VectorChoice:
     x_words: int = 8  # of x, at most
     warps: int = 4  # at least
     warps_per_multiprocessor: int = 16
-    longest: int = 16384  # elements of x
+    longest: int = 16384  # elements of x, which registers hold
+    outputs: int = 256  # at least: docs/ops/nf4_linear.md says why
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def test_decode_for_any_cut_of_K(splits: int, runs: int) -> None:
 def test_vectors_for_any_cut(dtype: torch.dtype, double_quant: bool) -> None:
     # Rows of whole parts or not, of one or several blocks of absmax codes, tiles that fit or not.
     for N, K, blocksize, words in ((37, 64, 32, 4), (130, 576, 64, 16), (9, 32768, 32, 16)):
-        tuning = LinearTuning(vector=VectorChoice(words=words, longest=2 * K))
+        tuning = LinearTuning(vector=VectorChoice(words=words, longest=2 * K, outputs=1))
         weight = make_weight(N, K, blocksize=blocksize, double_quant=double_quant)
         bias = make_x((N,), torch.float32, seed=2)
         for rows in (1, 2):
@@ -115,17 +115,18 @@ def test_vectors_for_any_cut(dtype: torch.dtype, double_quant: bool) -> None:
 
 def test_rows_that_vectors_leave_to_others() -> None:
     weight = make_weight(130, 192, blocksize=128)
-    packed, choice = weight.tables[0], VectorChoice()
+    packed, choice = weight.tables[0], VectorChoice(outputs=130)
     assert packed is not None
     x = make_x((1, 192), torch.bfloat16)
-    assert triton_vector.suits(x, packed, 64, choice)
-    assert not triton_vector.suits(x, packed, 128, choice)  # a block in two rows
-    assert not triton_vector.suits(make_x((3, 192), torch.bfloat16), packed, 64, choice)
-    assert not triton_vector.suits(x, packed[1:], 64, choice)  # words begin inside of words
-    assert not triton_vector.suits(x, packed, 64, VectorChoice(words=0))
-    assert not triton_vector.suits(x, packed, 64, VectorChoice(longest=128))
+    assert triton_vector.suits(x, packed, 130, 64, choice)
+    assert not triton_vector.suits(x, packed, 129, 64, choice)
+    assert not triton_vector.suits(x, packed, 130, 128, choice)  # a block in two rows
+    assert not triton_vector.suits(make_x((3, 192), torch.bfloat16), packed, 130, 64, choice)
+    assert not triton_vector.suits(x, packed[1:], 130, 64, choice)  # words begin inside of words
+    assert not triton_vector.suits(x, packed, 130, 64, VectorChoice(words=0, outputs=1))
+    assert not triton_vector.suits(x, packed, 130, 64, VectorChoice(longest=128, outputs=1))
     for tables in (weight.tables, (torch.cat([packed[:1], packed])[1:], *weight.tables[1:])):
-        y = linear.multiply(x, tables, tuning=LinearTuning(), **weight.sizes)
+        y = linear.multiply(x, tables, tuning=LinearTuning(vector=choice), **weight.sizes)
         assert_within_budget(y, x, weight.dense(torch.bfloat16))
 
 

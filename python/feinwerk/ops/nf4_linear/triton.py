@@ -89,7 +89,7 @@ def multiply(
     assert packed is not None
     rows, wide = x2d.shape[0], x2d.dtype is torch.float32
     few = rows <= tuning.decode_rows and not wide
-    if few and suits(x2d, packed, blocksize, tuning.vector):
+    if few and suits(x2d, packed, N, blocksize, tuning.vector):
         multiply_vectors(x2d, tables, bias, y, blocksize=blocksize, choice=tuning.vector)
         return y
     in_runs = K % RUN == 0 and blocksize % RUN == 0

@@ -142,12 +142,15 @@ def pairs_on(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(words).to(device)
 
 
-def suits(x: torch.Tensor, packed: torch.Tensor, blocksize: int, choice: VectorChoice) -> bool:
+def suits(
+    x: torch.Tensor, packed: torch.Tensor, N: int, blocksize: int, choice: VectorChoice
+) -> bool:
     """Whether the kernel serves this: rows of whole blocks that the threads' registers hold."""
     M, K = x.shape
     return (
         choice.words > 0
         and M <= 2
+        and choice.outputs <= N
         and K % blocksize == 0
         and choice.longest >= M * K
         and not any(address % 4 for address in addresses((x, packed)))
