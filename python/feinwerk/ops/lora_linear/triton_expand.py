@@ -34,7 +34,7 @@ def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int, stride: int) -> Tiles:
     width = max(16, triton.next_power_of_2(min(rank, 32)))
     low = dtype is torch.bfloat16
     # Rows that begin anywhere take an address an element, for which a wide tile has no registers.
-    wide = low and gpu.backend == "cuda" and stride % 16 == 0
+    wide = low and gpu.backend == "cuda" and gpu.arch != "80" and stride % 16 == 0
     return Tiles(64 if low else 32, 128 if wide else 64, width, 4, 1)
 
 

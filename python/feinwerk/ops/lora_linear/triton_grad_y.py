@@ -42,8 +42,8 @@ def _tiles(gpu: Gpu, dtype: torch.dtype, rank: int, dora: bool, parts: int) -> T
     if gpu.backend == "hip":
         return Tiles(32, 64, width, 4, 2)
     # What DoRA makes of dY, element by element, takes registers; so do parts of B.
-    wide = width == 16 and not (dora and parts > 2) and gpu.arch != "80"
-    columns = 256 if wide else 128
+    heavy, old = dora and parts > 2, gpu.arch == "80"
+    columns = 64 if heavy and old else 256 if width == 16 and not heavy and not old else 128
     return Tiles(32 if dora else 64, columns, width, 8, 3)
 
 
