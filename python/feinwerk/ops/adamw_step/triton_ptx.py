@@ -14,8 +14,6 @@ nearest code, ties to the lower. tests/ops/test_adamw_step_codes.py looks at eve
 NVIDIA only: triton_codes.py has the same for every target and the interpreter.
 """
 
-# mypy: ignore-errors
-
 from __future__ import annotations
 
 import functools
