@@ -32,8 +32,8 @@ CONTENDERS: dict[str, tuple[float, torch.dtype, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 ROUNDS = 9
-# Other programs than the ones chosen: warps, whether the next tile is brought to L2.
-OTHER_PROGRAMS = ((4, False), (8, False), (16, False), (4, True), (8, True), (16, True))
+# Warps of other programs than the ones chosen.
+OTHER_PROGRAMS = (4, 8, 16)
 
 
 def elapsed(steps: list[Callable[[], Any]], repeats: int) -> list[list[float]]:
@@ -127,16 +127,15 @@ def other_tiles(end: float) -> dict[str, float]:
     choose, found = module.choose, dict[str, float]()
     for name in ("8-bit", "8-bit, bf16 + remainder", "8-bit, bf16 stochastic"):
         ours = optimizer(name, SETS["one of 100 M"])
-        for warps, ahead in OTHER_PROGRAMS:
+        for warps in OTHER_PROGRAMS:
             if time.monotonic() > end:
                 return found
-            choice = module.Choice(256 * warps, 256 * warps, 2048, 4, warps, 64, ahead)
+            choice = module.Choice(256 * warps, 256 * warps, 2048, 4, warps, 64)
             module.choose = lambda gpu, choice=choice: choice
             try:
                 ours.step()
                 (times,) = elapsed([ours.step], 2)
-                more = ", the next tile ahead" if ahead else ""
-                found[f"{name}, {warps} warps{more}"] = statistics.median(times)
+                found[f"{name}, {warps} warps"] = statistics.median(times)
             finally:
                 module.choose = choose
         del ours

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -109,9 +110,10 @@ def ways(base: LinearTuning, what: str, M: int) -> Iterator[tuple[str, LinearTun
             yield f"tile {tried}", change(base, **served)
     if M >= 16:
         for mib in SLAB_MIB:
-            for beside in (False, True) if M >= 1024 else (False,):
-                slab = SlabChoice(ANY_ROWS, 0, mib << 20, beside=beside)
-                yield f"slab {mib} MiB{', two' * beside}", change(base, slabs=(slab,))
+            for beside, keep in itertools.product((False, True), repeat=2):
+                slab = SlabChoice(ANY_ROWS, 0, mib << 20, beside, keep)
+                name = f"slab {mib} MiB{', two' * beside}{', kept' * keep}"
+                yield name, change(base, slabs=(slab,))
 
 
 def cases(base: LinearTuning) -> Iterator[Case]:

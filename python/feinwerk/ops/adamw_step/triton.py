@@ -62,7 +62,6 @@ class Choice(NamedTuple):
     # many registers for a thread at least; 0: one program for each tile.
     walking_warps: int = 0
     registers: int = 0
-    ahead: bool = False  # programs that walk have the next tile brought to L2, on sm_90 and later
 
 
 class Cut(NamedTuple):
@@ -177,7 +176,6 @@ def adamw_step(
             )  # fmt: skip
         else:
             walking = choice.registers > 0 and cut.vector > 1
-            ahead = walking and cut.whole and choice.ahead and int(gpu.arch) >= 90
             options = {"num_warps": choice.warps, **all_registers(device)}
             if walking:
                 options = _walking(cut, master, choice)
@@ -186,7 +184,7 @@ def adamw_step(
                 adamw_step_coded_kernel, grid, *where,
                 words_on(device) if walking else tables_on(device), *optional, *scalars,
                 sum(counts), BLOCKS=_blocks(cut, choice), SIZE=cut.size, WHOLE=cut.whole,
-                DENSE=cut.dense, PTX=walking, AHEAD=ahead, **options, **shared,
+                DENSE=cut.dense, PTX=walking, **options, **shared,
             )  # fmt: skip
     return None
 

@@ -287,12 +287,11 @@ def adamw_step_coded_kernel(
     sign, weight1, decay1, weight2, floor, shrink, tiles,
     GRAD_DTYPE: tl.constexpr, MASTER: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr,
     WHOLE: tl.constexpr, VEC: tl.constexpr, DENSE: tl.constexpr, COLUMNS: tl.constexpr,
-    PTX: tl.constexpr, AHEAD: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """Codes, in blocks that registers hold. WHOLE: every block has SIZE elements.
 
     PTX: few programs walk over all tiles, with their tables in shared memory; map_ptr: its words.
-    AHEAD: every tile but the first is brought to L2 while the one before is done.
     """
     if _left_out(found_ptr):
         return
@@ -302,23 +301,11 @@ def adamw_step_coded_kernel(
         tables = ptx.fill(map_ptr)
         programs = tl.num_programs(0)
         tensor, tile = _entry(tiles_ptr, program, tiles)
-        tensor_after, tile_after = _entry(tiles_ptr, program + programs, tiles)
         for now in range(program, tiles, programs):
             row_ptr = table_ptr + tensor.to(tl.int64) * COLUMNS
             first_block = tile.to(tl.int64) * BLOCKS
             # Which ones are next is asked for ahead: it comes from far.
-            if AHEAD:
-                tensor, tile = tensor_after, tile_after
-                tensor_after, tile_after = _entry(tiles_ptr, now + 2 * programs, tiles)
-                if now + programs < tiles:
-                    ahead_ptr = table_ptr + tensor.to(tl.int64) * COLUMNS
-                    next_block = tile.to(tl.int64) * BLOCKS
-                    ptx.ask(
-                        ahead_ptr, next_block, BLOCKS, SIZE, 4 if MASTER == "fp32" else 2,
-                        GRAD_DTYPE.primitive_bitwidth // 8, 2 if MASTER == "remainder" else 0,
-                    )  # fmt: skip
-            else:
-                tensor, tile = _entry(tiles_ptr, now + programs, tiles)
+            tensor, tile = _entry(tiles_ptr, now + programs, tiles)
             _coded_tile(
                 row_ptr, first_block, map_ptr, tables, seed_ptr, factor, weight1, decay1, weight2,
                 floor, shrink, GRAD_DTYPE, MASTER, BLOCKS, SIZE, WHOLE, VEC, DENSE, PTX,

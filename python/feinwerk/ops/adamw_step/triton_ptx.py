@@ -177,31 +177,9 @@ def _quotient(n: int) -> str:
     return "{ " + "\n".join(lines) + " }"
 
 
-def _ask() -> str:
-    """Bring a tile of whole blocks to L2, by one thread; $0: nothing.
-
-    $1: row of the table, $2: first block, $3: blocks of a tile, from $4: bytes of a block in each
-    of the row's first seven columns; column 9 has how many blocks there are (triton_kernels.py).
-    From a multiple of 16 bytes to one, which leaves no page that is there.
-    """
-    lines = [".reg .pred p; .reg .b32 t, n; .reg .b64 count, a, e;"]
-    lines.append("mov.u32 $0, 0; mov.u32 t, %tid.x; setp.ne.u32 p, t, 0; @p bra asked;")
-    lines.append("ld.global.b64 count, [$1 + 72]; sub.s64 count, count, $2;")
-    lines.append("cvt.s64.s32 a, $3; min.s64 count, count, a;")
-    for column in range(7):
-        lines.append(f"cvt.s64.s32 e, ${4 + column}; ld.global.b64 a, [$1 + {8 * column}];")
-        lines.append("mad.lo.s64 a, e, $2, a; mad.lo.s64 e, e, count, 15; add.s64 e, e, a;")
-        lines.append("and.b64 a, a, -16; sub.s64 e, e, a; cvt.u32.u64 n, e; and.b32 n, n, -16;")
-        lines.append(f"setp.gt.s32 p, ${4 + column}, 0;")
-        lines.append("@p cp.async.bulk.prefetch.L2.global [a], n;")
-    lines.append("asked:")
-    return "{ " + "\n".join(lines) + " }"
-
-
 _STORE = tl.constexpr(
     "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.f32 [$1], $2; mov.u32 $0, 0; }"
 )
-_ASK = tl.constexpr(_ask())
 _DECODE = tl.constexpr(_decode())
 _ENCODE_PTX, _ENCODE_SQ_PTX = tl.constexpr(_encode(True)), tl.constexpr(_encode(False))
 _QUOTIENT = tl.constexpr(_quotient(8))
@@ -253,19 +231,6 @@ def store(ptr, value, mask):
     tl.inline_asm_elementwise(
         _STORE, "=r,l,f,r", [ptr.to(tl.int64), value, mask.to(tl.int32)],
         dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def ask(
-    row_ptr, first_block, BLOCKS: tl.constexpr, SIZE: tl.constexpr, PARAM: tl.constexpr,
-    GRAD: tl.constexpr, REMAINDER: tl.constexpr,
-):  # fmt: skip
-    """Have a tile of whole blocks brought to L2, sm_90 and later; capitals: bytes of an element."""
-    tl.inline_asm_elementwise(
-        _ASK, "=r,l,l,r,r,r,r,r,r,r,r",
-        [row_ptr.to(tl.int64), first_block, BLOCKS, SIZE * PARAM, SIZE * GRAD, SIZE, SIZE,
-         SIZE * REMAINDER, 4, 4], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

@@ -81,6 +81,18 @@ def parts_of_rows(gpu: Gpu, steps: int, least: int, programs: int) -> tuple[int,
 
 
 @triton.jit
+def added_parts(source, step, splits, mask, AHEAD: tl.constexpr):
+    """The sum of `splits` fp32 tiles, `step` apart, in their order, AHEAD loads at once."""
+    total = tl.zeros(source.shape, tl.float32)
+    number = tl.zeros(source.shape, tl.int32)
+    for first in range(0, splits, AHEAD):
+        for i in tl.static_range(AHEAD):
+            total += tl.load(source, mask=mask & (number + first + i < splits), other=0.0)
+            source += step
+    return total
+
+
+@triton.jit
 def _rounded(b):
     """fp32 rounded to what bf16 holds, ties away from zero: by integers, as a conversion is slow.
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from feinwerk.ops.lora_linear.triton_products import (
+    added_parts,
     gain_of,
     kept,
     parted_dot,
@@ -160,14 +161,7 @@ def lora_linear_add_parts_fwd_kernel(
     mask = (row < rows) & (column < columns)
     source = parts_ptr + row * columns + column
     step = rows.to(tl.int64) * columns
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    number = tl.zeros([ROWS, COLUMNS], tl.int32)
-    for first in range(0, splits, AHEAD):
-        for i in tl.static_range(AHEAD):
-            total += tl.load(
-                source + i * step, mask=mask & (number + first + i < splits), other=0.0
-            )
-        source += AHEAD * step
+    total = added_parts(source, step, splits, mask, AHEAD)
     if scaling_ptr is not None:
         total = total * tl.load(scaling_ptr)
     if norm_ptr is not None:

@@ -21,8 +21,6 @@ from feinwerk.ops.nf4_dequantize.triton_planes import planes
 from feinwerk.triton_lib import Gpu, codebook_on, gpu_of, launch, load_absmax, nf4_values
 
 LOOKUPS = ("table", "planes", "select")  # "planes" is PTX
-
-
 _NARROWEST = 16  # groups of a tile's rows: one cache line of codes, two of bf16
 
 

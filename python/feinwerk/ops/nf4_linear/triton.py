@@ -214,6 +214,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@functools.lru_cache(maxsize=1024)
 def slab_step(count: int, size: int, rows: int | None, choice: SlabChoice, gpu: Gpu) -> int:
     """Return how many of count rows or columns, of `size` bytes, a slab has: whole tiles.
 

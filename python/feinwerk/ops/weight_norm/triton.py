@@ -14,6 +14,7 @@ import triton.language as tl
 
 from feinwerk.ops.lora_linear.triton_base import Base
 from feinwerk.ops.lora_linear.triton_products import (
+    added_parts,
     parted_dot,
     parted_sum,
     parted_zeros,
@@ -138,12 +139,7 @@ def weight_norm_fwd_kernel(
     """ROWS rows: the parts of cross in their order, and (B A A^T) . B, RANK ranks at a time."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < n
-    cross = tl.zeros([ROWS], tl.float32)
-    source, number = cross_ptr + row, tl.zeros([ROWS], tl.int32)
-    for first in range(0, splits, AHEAD):
-        for i in tl.static_range(AHEAD):
-            cross += tl.load(source, mask=live & (number + first + i < splits), other=0.0)
-            source += n
+    cross = added_parts(cross_ptr + row, n, splits, live, AHEAD)
     whole = tl.zeros([ROWS], tl.float32)
     for low in range(0, r, RANK):
         j = low + tl.arange(0, RANK)
